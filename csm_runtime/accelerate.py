@@ -1,0 +1,514 @@
+"""``accelerate(model)``: pick the adapter, plan, pack, warm up, self-test, patch, and undo it all again."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import threading
+import time
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from csm_runtime import compiling
+from csm_runtime.adapters import hf, hf_call, hf_checks
+from csm_runtime.engine import BUCKETS, Engine, bucket_for
+from csm_runtime.metrics import Metrics
+from csm_runtime.precision import PrecisionPolicy, resolve_policy
+from csm_runtime.report import Report
+from csm_runtime.weights import PackedWeights, zone_table
+
+logger = logging.getLogger("csm_runtime")
+
+DEFAULT_POSITIONS = 4096
+"""Upper bound of the default KV capacity: a config may claim 131072 positions, which is 4 GB of cache per row."""
+
+
+def accelerate(
+    model: Any,
+    *,
+    precision: str | PrecisionPolicy = "stock",
+    max_positions: int | None = None,
+    batch_sizes: Sequence[int] = (1,),
+    mode: str = "auto",
+    drop_originals: bool = False,
+    progress: bool = True,
+) -> Any:
+    """Make ``model.generate`` fast, in place; everything else of the model stays as it is.
+
+    Args:
+        model: transformers' ``CsmForConditionalGeneration``, in fp32, bf16 or fp16.
+        precision: ``"stock"`` keeps every weight in its own dtype; ``"int8"`` stores the matrices of the backbone and
+            the depth decoder in int8 with one scale per row, codebook 0's head excepted; or a
+            :class:`~csm_runtime.PrecisionPolicy`.
+        max_positions: positions (prompt and frames) the KV buffer holds per row. Default: what the model was made for,
+            at most 4096. A call that needs more than a value given here is an error; one that needs more than the
+            default goes to the stock path.
+        batch_sizes: batch sizes to compile for now; others are compiled when first used. Sizes round up to
+            1, 2, 4, 8 and 16; larger batches take the stock path.
+        mode: ``"auto"`` (``"compile"`` on a CPU, ``"graph"`` on CUDA), ``"compile"``, ``"graph"`` or ``"eager"``.
+        drop_originals: free the stock copies of matrices that are stored in int8. The stock modules then compute from
+            the int8 copies; ``restore()`` and saving the model are no longer possible.
+        progress: show progress bars on stderr.
+
+    Returns:
+        The same object. ``model.acceleration`` is the handle: ``report()``, ``metrics``, ``restore()``.
+
+    Raises:
+        TypeError: the model is not a CSM.
+        ValueError: a config the engine does not implement, modified modules, or a bad argument. The model is untouched.
+
+    Example::
+
+        model = accelerate(CsmForConditionalGeneration.from_pretrained("sesame/csm-1b"))
+        audio = model.generate(**inputs, output_audio=True)
+    """
+    if not hf.matches(model):
+        raise TypeError(
+            f"model must be transformers' CsmForConditionalGeneration, got {type(model).__module__}."
+            f"{type(model).__qualname__}"
+        )
+    previous = model.__dict__.get("acceleration")
+    if isinstance(previous, Acceleration):
+        previous.restore()
+    handle = Acceleration(model, resolve_policy(precision), max_positions, mode, progress)
+    for size in batch_sizes:
+        if not isinstance(size, int) or size < 1 or bucket_for(size) is None:
+            raise ValueError(f"batch_sizes must hold integers from 1 to {BUCKETS[-1]}, got {size!r}")
+    handle.set_up(tuple(dict.fromkeys(bucket_for(size) or 1 for size in batch_sizes)))
+    if drop_originals:
+        handle.drop_originals()
+    model.__dict__["acceleration"] = handle
+    model.__dict__["generate"] = _FastGenerate(model, handle)
+    return model
+
+
+class Acceleration:
+    """What ``model.acceleration`` is: the report, the metrics and the way back.
+
+    Attributes:
+        metrics: counters and timings, see :class:`~csm_runtime.metrics.Metrics`.
+        policy: the precision policy in force.
+        notes: what differs from the plan and why, for example that nothing could be compiled.
+    """
+
+    def __init__(
+        self, model: Any, policy: PrecisionPolicy, max_positions: int | None, mode: str, progress: bool
+    ) -> None:
+        changed = hf.modification(model)
+        if changed is not None:
+            raise ValueError(
+                f"model is not a plain CSM: {changed}. Merge adapters, remove hooks and undo quantisation first"
+            )
+        self._spec = hf.read_spec(model)
+        if max_positions is not None and not (isinstance(max_positions, int) and max_positions > 1):
+            raise ValueError(f"max_positions must be an integer above 1, got {max_positions!r}")
+        self._model = model
+        self._wanted_positions = max_positions
+        self._wanted_mode = mode
+        self._progress = progress
+        self._weights = PackedWeights(policy)
+        self._lock = threading.RLock()
+        self._busy = False
+        self._warm: set[int] = set()
+        self._dropped = False
+        self.policy = policy
+        self.metrics = Metrics()
+        self.notes: list[str] = []
+        self._engine = self._build_engine()
+
+    def set_up(self, sizes: tuple[int, ...]) -> None:
+        """Pack the weights, compile for these batch sizes and test the result on itself."""
+        start = time.perf_counter()
+        bar = compiling.Progress(self._matrix_count(), "packing weights", self._progress)
+        with _plain_mode():
+            self._refresh(bar.advance)
+        bar.close()
+        self.metrics.setup_seconds["pack"] = time.perf_counter() - start
+        for size in sizes:
+            self._warm_up(size)
+
+    @property
+    def capacity(self) -> int:
+        """Positions the KV buffer holds per row."""
+        return self._engine.capacity
+
+    @property
+    def mode(self) -> str:
+        """How frames are run: ``compile``, ``graph`` or ``eager``."""
+        return self._engine.mode
+
+    def report(self) -> Report:
+        """What runs where, in which format, how many bytes it reads and holds, and what went to the stock path."""
+        packed, _ = self._weights.refresh(hf.live_weights(self._model))
+        engine = self._engine
+        return Report(
+            model=type(self._model).__name__,
+            device=str(engine.device),
+            dtype=str(engine.dtype).removeprefix("torch."),
+            mode=engine.mode,
+            policy=self.policy.name,
+            zones=zone_table(packed, self.policy, self._spec.codebooks),
+            copied_bytes=self._weights.copied_bytes(),
+            kv_bytes=engine.kv_bytes(),
+            capacity=engine.capacity,
+            batch_sizes=sorted(self._warm),
+            originals_dropped=self._dropped,
+            notes=list(self.notes),
+            metrics=self.metrics.snapshot(),
+        )
+
+    def restore(self) -> None:
+        """Give the stock model back: same outputs as before, nothing of ours left on it.
+
+        Raises:
+            RuntimeError: its original weights were dropped.
+        """
+        if self._dropped:
+            raise RuntimeError(
+                "the original weights were dropped (drop_originals=True), so the stock model cannot be restored; load it "
+                "again"
+            )
+        with self._lock:
+            for name in ("generate", "acceleration"):
+                self._model.__dict__.pop(name, None)
+
+    def drop_originals(self) -> None:
+        """Free the stock copies of int8 matrices; the stock modules compute from the int8 copies from now on."""
+        hf.drop_originals(self._model, self._weights.copy_of)
+        self._weights.release_sources()
+        self._dropped = True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None  # a copied model is a stock model
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (types.NoneType, ())  # likewise a pickled one
+
+    # ------------------------------------------------------------------------------------------------------ inside
+
+    def _build_engine(self) -> Engine:
+        weight = self._model.backbone_model.layers[0].input_layernorm.weight
+        dtype = hf.read_dtype(self._model)
+        if weight.device.type == "meta":
+            raise ValueError("model has weights on the meta device; load them before accelerate()")
+        capacity = self._wanted_positions or min(self._spec.backbone.positions, DEFAULT_POSITIONS)
+        with _plain_mode():
+            rotary = hf.rotary_tables(self._model, capacity)
+            return Engine(self._spec, rotary, dtype, weight.device, capacity, self._wanted_mode, self.metrics)
+
+    def _matrix_count(self) -> int:
+        return 7 * (self._spec.backbone.layers + self._spec.depth.layers) + 3
+
+    def _refresh(self, advance: Callable[[str], None] | None = None) -> None:
+        """Follow the model: its device, its dtype, its weights."""
+        model = self._model
+        if hf.read_dtype(model) != self._engine.dtype or model.lm_head.weight.device != self._engine.device:
+            self._engine = self._build_engine()
+            self._weights = PackedWeights(self.policy)
+            self._warm.clear()
+            self.metrics.count("engine.rebuilt")
+        packed, stale = self._weights.refresh(hf.live_weights(model), advance)
+        if stale:
+            self.metrics.count("weights.repacked", len(stale))
+            logger.info("%d packed weights were stale and have been packed again", len(stale))
+        self._engine.bind(packed)
+
+    def _warm_up(self, size: int) -> None:
+        """Compile for one bucket; where that fails, or fails its self-test, run eagerly and say so."""
+        start = time.perf_counter()
+        verb = "compiling" if self._engine.mode == "compile" else "preparing"
+        bar = compiling.Progress(4, f"{verb} for batch {size}", self._progress)
+        try:
+            with _plain_mode(), compiling.remembered_isa_checks():
+                self._engine.warm_up(size, bar.advance)
+                fault = self._engine.self_test(size)
+                bar.advance("self-test")
+        except Exception as error:  # no compiler, a broken toolchain, a bug in a backend: all mean eager
+            fault = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        finally:
+            bar.close()
+        if fault is not None and self._engine.mode != "eager":
+            note = f"mode {self._engine.mode!r} does not work here ({fault}); frames run eagerly"
+            self.notes.append(note)
+            logger.warning(note)
+            self.metrics.fault(note)
+            self._wanted_mode = "eager"
+            packed = self._engine.packed
+            self._engine = self._build_engine()
+            if packed is not None:
+                self._engine.bind(packed)
+            self._warm.clear()
+        elif fault is not None:
+            raise RuntimeError(f"the eager decode step fails its self-test: {fault}")
+        self._warm.add(size)
+        name = f"warm_up.batch{size}"
+        self.metrics.setup_seconds[name] = time.perf_counter() - start
+
+    def _why_stock(self, arguments: dict[str, Any]) -> str | None:
+        """A reason to take the stock path that is known before the stock ``generate`` has prepared anything."""
+        if self._busy:
+            return "a call from inside another call of the same model"
+        for name in ("custom_generate", "assistant_model", "prefix_allowed_tokens_fn", "inputs_embeds", "inputs"):
+            if arguments.get(name) is not None:
+                return f"the argument {name}"
+        if arguments.get("synced_gpus"):
+            return "synced_gpus"
+        model = self._model
+        changed = hf.modification(model)
+        if changed is not None:
+            return changed
+        dropout = max(model.config.attention_dropout, model.config.depth_decoder_config.attention_dropout)
+        if model.training and dropout:
+            return "training mode with dropout"
+        if torch.is_autocast_enabled(self._engine.device.type):
+            return "autocast"
+        return None
+
+    def _went_stock(self, reason: str) -> None:
+        if self.metrics.stock_path(reason):
+            logger.warning("generate() takes the stock path: %s", reason)
+
+    def _run(self, request: hf_call.Request, seeds: _Seeds, streamer: Any, rest: Callable[[Tensor, Any], Tensor]) -> Tensor:
+        """The decode loop: ``[N, frames, codebooks]`` int64 on the model's device.
+
+        A fault in the engine hands the frames made so far to ``rest``, which finishes on the stock path.
+        """
+        spec, engine = self._spec, self._engine
+        rows, tokens = request.input_ids.shape[:2]
+        if bucket_for(rows) is None:
+            raise hf_call.Unsupported(f"a batch of {rows} rows, more than {BUCKETS[-1]}")
+        if tokens + request.max_frames - 1 > engine.capacity:
+            raise hf_call.Unsupported(f"more than {engine.capacity} positions of prompt and frames")
+        start = time.perf_counter()
+        frames: list[Tensor] = []
+        ended = torch.zeros(rows, dtype=torch.bool, device=request.input_ids.device)
+        runner = None
+        while len(frames) < request.max_frames and not bool(ended.all()):
+            try:
+                if runner is None:
+                    runner = self._begin(request, seeds)
+                    self.metrics.observe("prefill", time.perf_counter() - start)
+                codes = engine.next_frame(runner, first=not frames)[:rows].clone()
+                if request.pads_finished_rows and bool(ended.any()):
+                    codes = torch.where(ended[:, None], spec.pad_token, codes)
+                    runner.state.codes[:rows].copy_(codes)
+            except Exception as error:  # whatever broke, the caller's audio goes on
+                what = f"{type(error).__name__}: {error}"
+                if self.metrics.fault(what):
+                    logger.warning("the fast path failed at frame %d, the stock path goes on: %s", len(frames), what, exc_info=True)
+                self._went_stock("a fault of the fast path")
+                made = torch.stack(frames, dim=1) if frames else request.input_ids.new_zeros(rows, 0, spec.codebooks)
+                return self._tidy(rest(made, streamer), request)
+            if not frames:
+                self.metrics.observe("first_frame", time.perf_counter() - start)
+            frames.append(codes)
+            ended = ended | hf_call.is_end(codes, spec)
+            if streamer is not None:
+                streamer.put(codes.cpu())
+        if streamer is not None:
+            streamer.end()
+        self.metrics.count("generate.fast")
+        self.metrics.count("frames", len(frames) * rows)
+        if request.return_dict and runner is not None:
+            held = tokens + len(frames) - 1
+            state = runner.state
+            pairs = zip(state.keys, state.values)
+            hf_call.fill_cache(
+                request.output_cache, ((k[:rows, :, :held].clone(), v[:rows, :, :held].clone()) for k, v in pairs)
+            )
+        return torch.stack(frames, dim=1)
+
+    def _begin(self, request: hf_call.Request, seeds: _Seeds) -> Any:
+        """Prefill, and everything the frames of this call read set to this call's values."""
+        rows = request.input_ids.shape[0]
+        size = bucket_for(rows)
+        assert size is not None
+        if size not in self._warm:
+            self._warm_up(size)
+        prompt = hf_call.prefill(self._model, request)
+        runner = self._engine.prepare(rows)
+        state = runner.state
+        positions = request.positions[:, -1].expand(rows)
+        state.load_prompt(prompt.layers, prompt.hidden, request.mask, positions)
+        for params, wanted, vocab in (
+            (runner.params, request.backbone, self._spec.vocab),
+            (runner.depth_params, request.depth, self._spec.depth_vocab),
+        ):
+            params.do_sample.fill_(wanted.do_sample)
+            params.temperature.fill_(wanted.temperature)
+            params.top_k.fill_(wanted.top_k or vocab)
+            params.top_p.fill_(wanted.top_p)
+        sampled = request.backbone.do_sample or request.depth.do_sample
+        seed, utterance = seeds.rows(rows, sampled)
+        state.seed.zero_()
+        state.utterance.zero_()
+        state.seed[:rows].copy_(seed)
+        state.utterance[:rows].copy_(utterance)
+        return runner
+
+    def _tidy(self, sequences: Tensor, request: hf_call.Request) -> Tensor:
+        """Give an utterance that changed paths the shape one loop would have given it: pads after each row's end."""
+        frames = sequences.shape[1]
+        ends = torch.stack([hf_call.is_end(sequences[:, i], self._spec) for i in range(frames)], dim=1)
+        after = ends.long().cumsum(1) - ends.long() > 0
+        if request.pads_finished_rows:
+            sequences = torch.where(after[:, :, None], self._spec.pad_token, sequences)
+        if bool(ends.any(1).all()):
+            sequences = sequences[:, : int(ends.long().argmax(1).max()) + 1]
+        return sequences
+
+
+class _Seeds:
+    """Seed and utterance number of each row of one call."""
+
+    def __init__(self, seed: Any, utterance_ids: Any) -> None:
+        self.seed, self.utterance_ids = seed, utterance_ids
+
+    def rows(self, count: int, sampled: bool) -> tuple[Tensor, Tensor]:
+        """``[count]`` int64 each. Without a given seed one is drawn from torch's generator, so ``torch.manual_seed`` holds."""
+        if self.seed is None:
+            drawn = torch.randint(0, 2**62, (1,)) if sampled else torch.zeros(1, dtype=torch.int64)
+            seed = drawn.expand(count)
+        else:
+            seed = _per_row("seed", self.seed, count)
+        utterance = torch.arange(count) if self.utterance_ids is None else _per_row("utterance_ids", self.utterance_ids, count)
+        return seed, utterance
+
+    def check(self, rows: int | None) -> None:
+        """Refuse seeds that do not fit the batch, as far as it is known."""
+        for name, value in (("seed", self.seed), ("utterance_ids", self.utterance_ids)):
+            if value is not None and not isinstance(value, int) and rows is not None:
+                _per_row(name, value, rows)
+
+
+def _per_row(name: str, value: Any, rows: int) -> Tensor:
+    try:
+        tensor = torch.as_tensor(value).cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} must be an integer or one per row, got {value!r}") from error
+    if tensor.is_floating_point() or tensor.dtype == torch.bool or tensor.is_complex():
+        raise ValueError(f"{name} must be an integer or one per row, got {value!r}")
+    if tensor.ndim == 0:
+        return tensor.long().expand(rows)
+    if tuple(tensor.shape) != (rows,):
+        raise ValueError(f"{name} must be one integer or {rows} of them, got shape {tuple(tensor.shape)}")
+    return tensor.long()
+
+
+class _FastGenerate:
+    """The callable that stands in for ``model.generate``, with the stock signature and two optional extras.
+
+    ``seed`` (an int, or one per row) and ``utterance_ids`` (one int per row, default 0, 1, ...) pin the noise: a row's
+    tokens depend on its seed and utterance number and on neither its place in the batch nor the other rows.
+    """
+
+    def __init__(self, model: Any, handle: Acceleration) -> None:
+        self._model, self._handle = model, handle
+        functools.update_wrapper(self, type(model).generate.__get__(model))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model, handle = self._model, self._handle
+        seeds = _Seeds(kwargs.pop("seed", None), kwargs.pop("utterance_ids", None))
+        stock = type(model).generate
+        arguments = _by_name(stock, model, args, kwargs)
+        with handle._lock:
+            wanted = handle._wanted_positions is not None
+            hf_checks.check_arguments(model, handle._spec, arguments, handle.capacity, wanted)
+            ids = arguments.get("input_ids")
+            seeds.check(ids.shape[0] if isinstance(ids, Tensor) else None)
+            reason = handle._why_stock(arguments)
+            if reason is not None:
+                handle._went_stock(reason)
+                return _seeded(seeds, lambda: stock(model, *args, **kwargs))
+            with _plain_mode():
+                handle._refresh()
+            handle._busy = True
+            try:
+                return stock(model, *args, custom_generate=self._loop(seeds, arguments.get("streamer")), **kwargs)
+            finally:
+                handle._busy = False
+
+    def _loop(self, seeds: _Seeds, streamer: Any) -> Callable[..., Any]:
+        """A decode loop for stock's ``custom_generate``, which hands over neither the streamer nor the seeds."""
+        handle = self._handle
+
+        def loop(
+            model: Any,
+            input_ids: Tensor,
+            logits_processor: Any,
+            stopping_criteria: Any,
+            generation_config: Any,
+            **model_kwargs: Any,
+        ) -> Any:
+            def rest(made: Tensor, streamer: Any) -> Tensor:
+                return hf_call.continue_on_stock(model, request, made, logits_processor, generation_config, streamer)
+
+            try:
+                with _plain_mode():
+                    request = hf_call.read_request(
+                        model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs
+                    )
+                    return hf_call.output(request, handle._run(request, seeds, streamer, rest))
+            except hf_call.Unsupported as reason:
+                handle._went_stock(str(reason))
+                return _seeded(
+                    seeds,
+                    lambda: type(model)._sample(
+                        model,
+                        input_ids,
+                        logits_processor=logits_processor,
+                        stopping_criteria=stopping_criteria,
+                        generation_config=generation_config,
+                        streamer=streamer,
+                        **model_kwargs,
+                    ),
+                )
+
+        return loop
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        # The copy of the model is being built and already in the memo: its generate is its own class's.
+        copied = memo[id(self._model)]
+        return type(copied).generate.__get__(copied)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (getattr, (self._model, "generate"))
+
+
+def _by_name(function: Any, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, those behind ``**kwargs`` included; what cannot be bound is left to the stock."""
+    try:
+        bound = inspect.signature(inspect.unwrap(function)).bind_partial(model, *args, **kwargs).arguments
+    except TypeError:
+        return dict(kwargs)
+    named = {name: value for name, value in bound.items() if name not in ("self", "kwargs")}
+    return {**named, **bound.get("kwargs", {})}
+
+
+def _seeded(seeds: _Seeds, call: Callable[[], Any]) -> Any:
+    """Run a stock call; an explicit seed seeds torch's generators for it, and only for it."""
+    if seeds.seed is None:
+        return call()
+    value = int(_per_row("seed", seeds.seed, 1)[0]) if isinstance(seeds.seed, int) else int(torch.as_tensor(seeds.seed)[0])
+    with torch.random.fork_rng():
+        torch.manual_seed(value)
+        return call()
+
+
+class _plain_mode:
+    """No gradients and no inference mode, whatever the caller is in: the steps are guarded on both."""
+
+    def __enter__(self) -> None:
+        self._inference = torch.inference_mode(False)
+        self._no_grad = torch.no_grad()
+        self._inference.__enter__()
+        self._no_grad.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._no_grad.__exit__(*error)
+        self._inference.__exit__(*error)

@@ -1,0 +1,242 @@
+"""Adapter of transformers' ``CsmForConditionalGeneration``: shape, live weights, and whether the modules are stock.
+
+transformers is imported inside functions, so that importing this package does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from csm_kernels import QuantWeight, dequantize
+from csm_runtime.adapters.spec import (
+    LayerWeights,
+    LinearWeights,
+    ModelSpec,
+    ModelWeights,
+    RotaryTables,
+    StackSpec,
+)
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+_OVERRIDABLE = (
+    "forward",
+    "prepare_inputs_for_generation",
+    "_merge_input_ids_with_input_values",
+    "_sample",
+    "_prefill",
+    "_prepare_generation_config",
+    "_get_stopping_criteria",
+    "_get_logits_processor",
+    "_update_model_kwargs_for_generation",
+)
+
+
+def matches(model: Any) -> bool:
+    """Whether this adapter knows the model's class."""
+    return any(
+        base.__name__ == "CsmForConditionalGeneration" and base.__module__.startswith("transformers.")
+        for base in type(model).__mro__
+    )
+
+
+def _modules() -> Any:
+    from transformers.models.csm import modeling_csm
+
+    return modeling_csm
+
+
+
+def read_spec(model: Any) -> ModelSpec:
+    """The model's shape.
+
+    Raises:
+        ValueError: something in the config the engine does not implement; names the field, its value and what works.
+    """
+    config = model.config
+    depth = config.depth_decoder_config
+    for name, part in (("config", config), ("config.depth_decoder_config", depth)):
+        if part.hidden_act not in ("silu", "swish"):
+            raise ValueError(f"{name}.hidden_act is {part.hidden_act!r}; supported: 'silu'")
+        kind = (part.rope_parameters or {}).get("rope_type", "default")
+        if kind not in _STATIC_ROPE:
+            raise ValueError(
+                f"{name}.rope_parameters has rope_type {kind!r}, whose frequencies change with the length; "
+                f"supported: {_STATIC_ROPE}"
+            )
+        if part.num_attention_heads % part.num_key_value_heads:
+            raise ValueError(
+                f"{name}: num_attention_heads ({part.num_attention_heads}) must be a multiple of num_key_value_heads "
+                f"({part.num_key_value_heads})"
+            )
+    if depth.num_codebooks != config.num_codebooks:
+        raise ValueError(
+            f"config.num_codebooks is {config.num_codebooks} and config.depth_decoder_config.num_codebooks is "
+            f"{depth.num_codebooks}; they must be equal"
+        )
+    if config.num_codebooks < 2:
+        raise ValueError(f"config.num_codebooks is {config.num_codebooks}; at least 2 are needed")
+    if depth.backbone_hidden_size != config.hidden_size:
+        raise ValueError(
+            f"config.depth_decoder_config.backbone_hidden_size is {depth.backbone_hidden_size}, config.hidden_size is "
+            f"{config.hidden_size}; they must be equal"
+        )
+    if not isinstance(config.codebook_eos_token_id, int):
+        raise ValueError(f"config.codebook_eos_token_id must be one int, got {config.codebook_eos_token_id!r}")
+    if read_dtype(model) not in _DTYPES:
+        raise ValueError(f"model dtype is {read_dtype(model)}; supported: {_DTYPES}")
+    return ModelSpec(
+        backbone=_stack(config),
+        depth=_stack(depth),
+        codebooks=config.num_codebooks,
+        vocab=config.vocab_size,
+        depth_vocab=depth.vocab_size,
+        pad_token=config.codebook_pad_token_id,
+        eos_token=config.codebook_eos_token_id,
+    )
+
+
+def read_dtype(model: Any) -> torch.dtype:
+    """The dtype the model computes in, and so that of its KV cache."""
+    return model.backbone_model.layers[0].input_layernorm.weight.dtype
+
+
+def _stack(config: Any) -> StackSpec:
+    return StackSpec(
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        ffn=config.intermediate_size,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        eps=config.rms_norm_eps,
+        positions=config.max_position_embeddings,
+    )
+
+
+def live_weights(model: Any) -> ModelWeights:
+    """The model's parameters as they are now, without gradient."""
+    depth = model.depth_decoder
+
+    def linear(module: nn.Linear) -> LinearWeights:
+        return LinearWeights(module.weight.detach(), None if module.bias is None else module.bias.detach())
+
+    def layers(stack: Any) -> list[LayerWeights]:
+        return [
+            LayerWeights(
+                layer.input_layernorm.weight.detach(),
+                *(linear(getattr(layer.self_attn, f"{name}_proj")) for name in "qkvo"),
+                layer.post_attention_layernorm.weight.detach(),
+                *(linear(getattr(layer.mlp, f"{name}_proj")) for name in ("gate", "up", "down")),
+            )
+            for layer in stack.layers[: stack.config.num_hidden_layers]
+        ]
+
+    return ModelWeights(
+        backbone=layers(model.backbone_model),
+        backbone_norm=model.backbone_model.norm.weight.detach(),
+        backbone_head=linear(model.lm_head),
+        backbone_embedding=model.backbone_model.embed_tokens.embed_audio_tokens.weight.detach(),
+        depth=layers(depth.model),
+        depth_norm=depth.model.norm.weight.detach(),
+        depth_projection=linear(depth.model.inputs_embeds_projector),
+        depth_heads=depth.codebooks_head.weight.detach(),
+        depth_embedding=depth.model.embed_tokens.weight.detach(),
+    )
+
+
+def rotary_tables(model: Any, positions: int) -> tuple[RotaryTables, RotaryTables]:
+    """Backbone and depth-decoder rotary tables in fp32, made by the stock modules themselves."""
+
+    def table(module: Any, count: int) -> RotaryTables:
+        device = module.inv_freq.device
+        with torch.no_grad():
+            cos, sin = module(torch.zeros(1, device=device), torch.arange(count, device=device)[None])
+        return RotaryTables(cos[0].contiguous(), sin[0].contiguous())
+
+    return (
+        table(model.backbone_model.rotary_emb, positions),
+        table(model.depth_decoder.model.rotary_emb, model.config.num_codebooks),
+    )
+
+
+class _PackedForward:
+    """A stock module's forward from an int8 copy, for a module whose own weight is gone."""
+
+    def __init__(self, module: nn.Module, packed: QuantWeight, dtype: torch.dtype) -> None:
+        self._module, self._packed, self._dtype = module, packed, dtype
+
+    def __call__(self, hidden: Tensor, codebook_indices: Tensor | None = None) -> Tensor:
+        if codebook_indices is None:
+            return nn.functional.linear(hidden, dequantize(self._packed).to(self._dtype), self._module.bias)
+        heads = codebook_indices - 1
+        matrix = dequantize(QuantWeight(self._packed.data[heads], self._packed.scale[heads])).to(self._dtype)
+        return torch.stack([nn.functional.linear(hidden[:, i], matrix[i]) for i in range(len(heads))], dim=1)
+
+
+def drop_originals(model: Any, copy_of: Callable[[str], Tensor | QuantWeight | None]) -> None:
+    """Free every matrix that has an int8 copy; its module computes from the copy, widened for the moment of use.
+
+    Args:
+        model: the model.
+        copy_of: a matrix's packed copy by the name :class:`~csm_runtime.weights.PackedWeights` gives it.
+    """
+    depth = model.depth_decoder
+    modules: dict[str, nn.Module] = {"depth.projection": depth.model.inputs_embeds_projector}
+    modules["depth.head"] = depth.codebooks_head
+    modules["backbone.head"] = model.lm_head
+    for name, stack in (("backbone", model.backbone_model), ("depth", depth.model)):
+        for i, layer in enumerate(stack.layers):
+            modules.update({f"{name}.{i}.{part}": getattr(layer.self_attn, f"{part}_proj") for part in "qkvo"})
+            modules.update({f"{name}.{i}.{part}": getattr(layer.mlp, f"{part}_proj") for part in ("gate", "up", "down")})
+    for name, module in modules.items():
+        packed = copy_of(name)
+        if isinstance(packed, QuantWeight):
+            weight = module.weight
+            module.weight = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
+            module.__dict__["forward"] = _PackedForward(module, packed, weight.dtype)
+
+
+def modification(model: Any) -> str | None:
+    """What makes this model's modules differ from stock, so that reading bare weights would not be the same; or None.
+
+    Unmerged LoRA layers, quantised linears, parametrizations, hooks and replaced methods are all of that kind.
+    """
+    stock = _modules()
+    for name in _OVERRIDABLE:
+        if name in model.__dict__ or getattr(type(model), name) is not getattr(stock.CsmForConditionalGeneration, name):
+            return f"{name}() is overridden"
+    known = (
+        nn.Linear,
+        nn.Embedding,
+        nn.ModuleList,
+        stock.CsmRMSNorm,
+        stock.CsmRotaryEmbedding,
+        stock.CsmMLP,
+        stock.CsmAttention,
+        stock.CsmDecoderLayer,
+        stock.CsmBackboneModel,
+        stock.CsmBackboneModelEmbeddings,
+        stock.CsmDepthDecoderModel,
+        stock.CsmDepthDecoderForCausalLM,
+        stock.CsmCodebooksHead,
+    )
+    for root in ("lm_head", "embed_text_tokens", "backbone_model", "depth_decoder"):
+        for name, module in model.get_submodule(root).named_modules(prefix=root):
+            if type(module) not in known and not name.endswith(".act_fn"):
+                return f"{name} is a {type(module).__name__}"
+            if _foreign_hooks(module):
+                return f"{name} has forward hooks"
+            if not isinstance(module.__dict__.get("forward"), (_PackedForward, type(None))):
+                return f"{name}.forward is overridden"
+    return "the model has forward hooks" if _foreign_hooks(model) else None
+
+
+def _foreign_hooks(module: nn.Module) -> bool:
+    """Whether a module has forward hooks besides those with which transformers itself records hidden states."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return any(getattr(hook, "__module__", "") != "transformers.utils.output_capturing" for hook in hooks)

@@ -1,0 +1,289 @@
+"""One ``generate`` call of transformers' CSM: what it asks for, its prefill, its result, and the stock loop's rest.
+
+The stock ``generate`` keeps doing everything before and after the decode loop (configs, prompt merging, codec); only the
+loop itself is replaced, through its ``custom_generate`` hook.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from csm_runtime.adapters.spec import ModelSpec
+
+PREFILL_CHUNK = 512
+"""Prompt positions per stock forward pass: bounds the attention mask and activations of a long prompt."""
+
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one of the two decoders draws its tokens."""
+
+    do_sample: bool
+    temperature: float = 1.0
+    top_k: int = 0
+    """0 switches it off."""
+    top_p: float = 1.0
+
+
+class Unsupported(Exception):
+    """The fast path does not do this; the message is the reason the stock path is taken."""
+
+
+def _sampling_of(config: Any, processors: Any, whose: str) -> Sampling:
+    """Translate a prepared processor list, or say what in it the fast path does not do."""
+    from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    if not config.do_sample:
+        if len(processors):
+            raise Unsupported(f"{whose} uses {type(processors[0]).__name__}")
+        return Sampling(False)
+    order = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
+    values: dict[type, float] = {}
+    reached = 0
+    for processor in processors:
+        kind = type(processor)
+        if kind not in order or order.index(kind) < reached or getattr(processor, "filter_value", None) not in (
+            None,
+            float("-inf"),
+        ):
+            raise Unsupported(f"{whose} uses {kind.__name__}")
+        reached = order.index(kind) + 1
+        values[kind] = getattr(processor, ("temperature", "top_k", "top_p")[reached - 1])
+    return Sampling(
+        True,
+        float(values.get(TemperatureLogitsWarper, 1.0)),
+        int(values.get(TopKLogitsWarper, 0)),
+        float(values.get(TopPLogitsWarper, 1.0)),
+    )
+
+
+def backbone_sampling(generation_config: Any, processors: Any) -> Sampling:
+    """How codebook 0 is drawn. Raises :class:`Unsupported`."""
+    return _sampling_of(generation_config, processors, "the backbone")
+
+
+def depth_sampling(model: Any) -> Sampling:
+    """How the other codebooks are drawn, by the depth decoder's own generation config. Raises :class:`Unsupported`."""
+    from transformers.generation.configuration_utils import GenerationMode
+    from transformers.generation.logits_process import LogitsProcessorList
+
+    depth = model.depth_decoder
+    config, extra = depth._prepare_generation_config(None)
+    depth._prepare_special_tokens(config, False, device=model.device)
+    mode = config.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise Unsupported(f"the depth decoder uses generation mode {mode.value}")
+    if config._eos_token_tensor is not None:
+        raise Unsupported("the depth decoder has an eos_token_id")
+    if extra or config.num_return_sequences not in (None, 1):
+        raise Unsupported("the depth decoder has generation arguments of its own")
+    processors = depth._get_logits_processor(
+        generation_config=config,
+        input_ids_seq_length=2,
+        encoder_input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device),
+        prefix_allowed_tokens_fn=None,
+        logits_processor=LogitsProcessorList(),
+        device=model.device,
+        model_kwargs={},
+    )
+    return _sampling_of(config, processors, "the depth decoder")
+
+
+@dataclass
+class Request:
+    """One call of the decode loop, as the stock ``generate`` prepared it."""
+
+    input_ids: Tensor
+    backbone: Sampling
+    depth: Sampling
+    max_frames: int
+    pads_finished_rows: bool
+    return_dict: bool
+    prompt: dict[str, Any]
+    """Keyword arguments of the stock prefill."""
+    mask: Tensor | None
+    """``[N, T]``"""
+    positions: Tensor
+    """``[N, T]`` or ``[1, T]``"""
+    output_cache: Any
+    """The cache object the caller gets back, or None."""
+
+
+_PLAIN_KWARGS = {
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "input_values",
+    "input_values_cutoffs",
+    "use_cache",
+    "logits_to_keep",
+}
+
+
+def read_request(
+    model: Any,
+    input_ids: Tensor,
+    processors: Any,
+    criteria: Any,
+    config: Any,
+    model_kwargs: dict[str, Any],
+) -> Request:
+    """What the stock loop would have been called with. Raises :class:`Unsupported` with the reason."""
+    from transformers.cache_utils import DynamicCache, StaticCache
+
+    for flag in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
+        if getattr(config, flag):
+            raise Unsupported(flag)
+    unknown = sorted(k for k, v in model_kwargs.items() if v is not None and k not in _PLAIN_KWARGS)
+    if unknown:
+        raise Unsupported(f"the argument {unknown[0]}")
+    if not model_kwargs.get("use_cache"):
+        raise Unsupported("use_cache=False")
+    cache = model_kwargs.get("past_key_values")
+    if type(cache) not in (DynamicCache, StaticCache) or getattr(cache, "offloading", False):
+        raise Unsupported(f"a {type(cache).__name__} as past_key_values")
+    if cache.get_seq_length() != 0:
+        raise Unsupported("past_key_values that already hold a prompt")
+    if getattr(cache, "_is_user_defined", False):
+        raise Unsupported("a cache object of the caller's own")
+    sampling = backbone_sampling(config, processors)
+    tokens = input_ids.shape[1]
+    limits = [criterion.max_length for criterion in criteria]
+    if not limits:
+        raise Unsupported("no limit on the number of frames")
+    mask = model_kwargs.get("attention_mask")
+    positions = model_kwargs.get("position_ids")
+    if positions is None:
+        positions = torch.arange(tokens, device=input_ids.device)[None]
+    if positions.ndim != 2 or (mask is not None and mask.ndim != 2):
+        raise Unsupported("position ids or an attention mask that are not two-dimensional")
+    return Request(
+        input_ids=input_ids,
+        backbone=sampling,
+        depth=depth_sampling(model),
+        max_frames=max(1, min(limits) - tokens),
+        pads_finished_rows=config._eos_token_tensor is not None,
+        return_dict=bool(config.return_dict_in_generate),
+        prompt={k: model_kwargs.get(k) for k in ("input_values", "input_values_cutoffs")},
+        mask=mask,
+        positions=positions,
+        output_cache=cache,
+    )
+
+
+
+@dataclass
+class Prefilled:
+    """A prompt's keys and values per layer, ``[N, KV, T, D]``, and its last normalised hidden state ``[N, D]``."""
+
+    layers: list[tuple[Tensor, Tensor]]
+    hidden: Tensor
+
+
+def prompt_embeddings(model: Any, request: Request) -> Tensor:
+    """``[N, T, D]`` in the model's dtype: text tokens, encoded reference audio and codes, merged by the stock model."""
+    ids = request.input_ids
+    if ids.ndim == 3:
+        return model.backbone_model.embed_tokens(ids)
+    return model._merge_input_ids_with_input_values(input_ids=ids, **request.prompt)["inputs_embeds"]
+
+
+def prefill(model: Any, request: Request, embeddings: Tensor | None = None) -> Prefilled:
+    """Run the prompt through the stock backbone, in chunks of :data:`PREFILL_CHUNK` positions."""
+    from transformers.cache_utils import DynamicCache
+
+    x = prompt_embeddings(model, request) if embeddings is None else embeddings
+    cache = DynamicCache(config=model.config)
+    hidden = x[:, -1]
+    for start in range(0, x.shape[1], PREFILL_CHUNK):
+        end = min(start + PREFILL_CHUNK, x.shape[1])
+        out = model.backbone_model(
+            inputs_embeds=x[:, start:end],
+            attention_mask=None if request.mask is None else request.mask[:, :end],
+            position_ids=request.positions[:, start:end],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        hidden = out.last_hidden_state[:, -1]
+    return Prefilled([(layer.keys, layer.values) for layer in cache.layers], hidden.float())
+
+
+def fill_cache(cache: Any, layers: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Put keys and values ``[N, KV, T, D]`` of every layer into an empty stock cache."""
+    for index, (keys, values) in enumerate(layers):
+        cache.update(keys, values, index)
+
+
+def is_end(codes: Tensor, spec: ModelSpec) -> Tensor:
+    """The stock end-of-speech rule, ``[N]`` bool from ``[N, codebooks]``: all codebooks but the last are the EOS id."""
+    return (codes[:, :-1] == spec.eos_token).all(-1)
+
+
+def output(request: Request, sequences: Tensor) -> Any:
+    """What the stock loop would have returned."""
+    from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+    if request.input_ids.ndim == 3:
+        sequences = torch.cat([request.input_ids, sequences], dim=1)
+    if not request.return_dict:
+        return sequences
+    return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=request.output_cache)
+
+
+def continue_on_stock(
+    model: Any,
+    request: Request,
+    made: Tensor,
+    processors: Any,
+    config: Any,
+    streamer: Any,
+) -> Tensor:
+    """Let the stock loop finish an utterance whose first frames exist.
+
+    Args:
+        model: the stock model.
+        request: the call.
+        made: ``[N, n, codebooks]`` frames already made, n >= 0.
+        processors: the stock loop's logits processors.
+        config: the prepared generation config.
+        streamer: gets the remaining frames, or None.
+
+    Returns:
+        ``[N, frames, codebooks]``, ``made`` included.
+    """
+    from transformers.cache_utils import DynamicCache
+    from transformers.generation.stopping_criteria import MaxLengthCriteria, StoppingCriteriaList
+
+    n = made.shape[1]
+    x = prompt_embeddings(model, request)
+    mask, positions = request.mask, request.positions
+    if n:
+        x = torch.cat([x, model.backbone_model.embed_tokens(made)], dim=1)
+        steps = torch.arange(1, n + 1, device=positions.device)
+        positions = torch.cat([positions, positions[:, -1:] + steps], dim=1)
+        mask = None if mask is None else torch.cat([mask, mask.new_ones(mask.shape[0], n)], dim=1)
+    config = copy.copy(config)
+    config.return_dict_in_generate = False
+    config.prefill_chunk_size = None
+    rest = type(model)._sample(
+        model,
+        torch.zeros(x.shape[0], 0, dtype=torch.long, device=x.device),
+        logits_processor=processors,
+        stopping_criteria=StoppingCriteriaList([MaxLengthCriteria(max_length=request.max_frames - n)]),
+        generation_config=config,
+        streamer=streamer,
+        inputs_embeds=x,
+        attention_mask=mask,
+        position_ids=positions,
+        past_key_values=DynamicCache(config=model.config),
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    return torch.cat([made, rest], dim=1)

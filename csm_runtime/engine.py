@@ -1,0 +1,296 @@
+"""One frame: codebook 0, the depth loop, the backbone step. The only caller of decode kernels."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from csm_kernels import NoiseKey, SamplingParams, rms_norm_ref
+from csm_runtime import compiling, graphs
+from csm_runtime.adapters.spec import ModelSpec, RotaryTables, StackSpec
+from csm_runtime.kv import State
+from csm_runtime.metrics import Metrics
+from csm_runtime.steps import (
+    COMPILED_OPS,
+    LIBRARY_OPS,
+    Heads,
+    Ops,
+    codebook0_step,
+    depth_step,
+    embed_step,
+    layer_step,
+)
+from csm_runtime.weights import Packed
+
+logger = logging.getLogger("csm_runtime")
+
+BUCKETS = (1, 2, 4, 8, 16)
+"""Batch sizes the steps are built for; a batch runs in the next larger one."""
+
+MODES = ("auto", "compile", "graph", "eager")
+
+
+def bucket_for(rows: int) -> int | None:
+    """The smallest bucket that holds a batch, None beyond the largest."""
+    return next((size for size in BUCKETS if rows <= size), None)
+
+
+class _Runner:
+    """The steps and the state of one batch bucket."""
+
+    def __init__(self, steps: dict[str, Callable[..., Any]], ops: Ops, state: State, device: torch.device) -> None:
+        self.embed, self.layer = steps["embed"], steps["layer"]
+        self.codebook0, self.depth = steps["codebook0"], steps["depth"]
+        self.ops = ops
+        self.state = state
+        rows = state.rows
+
+        def params() -> SamplingParams:
+            return SamplingParams(
+                torch.ones(rows, device=device),
+                torch.ones(rows, dtype=torch.int64, device=device),
+                torch.ones(rows, device=device),
+                torch.zeros(rows, dtype=torch.bool, device=device),
+            )
+
+        self.params, self.depth_params = params(), params()
+        self.graphs: tuple[graphs.FrameGraph, graphs.FrameGraph] | None = None
+
+
+class Engine:
+    """Decodes frames of one model on one device.
+
+    Args:
+        spec: the model's shape.
+        rotary: rotary tables of the backbone and the depth decoder, ``[positions, head_dim]`` fp32.
+        dtype: dtype of the KV buffers, the model's own.
+        device: where the weights are.
+        capacity: positions the backbone's KV buffer holds per row.
+        mode: ``compile`` (torch.compile, the default on a CPU), ``graph`` (one CUDA graph per frame, the default on
+            CUDA), ``eager``, or ``auto``.
+        metrics: where timings go.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        rotary: tuple[RotaryTables, RotaryTables],
+        dtype: torch.dtype,
+        device: torch.device,
+        capacity: int,
+        mode: str,
+        metrics: Metrics,
+    ) -> None:
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
+        if mode == "auto":
+            mode = {"cpu": "compile", "cuda": "graph"}.get(device.type, "eager")
+        if mode == "graph" and device.type != "cuda":
+            raise ValueError(f"mode 'graph' needs a CUDA device, the model is on {device}; use 'compile' or 'eager'")
+        self.spec, self.dtype, self.device, self.capacity = spec, dtype, device, capacity
+        self.mode = mode
+        self.metrics = metrics
+        self.packed: Packed | None = None
+        self.rotary, self.depth_rotary = rotary
+        self._runners: dict[int, _Runner] = {}
+        self._shape = _heads(spec.backbone)
+        self._depth_shape = _heads(spec.depth)
+        self._positions = [torch.tensor([p], device=device) for p in range(spec.codebooks)]
+
+    def bind(self, packed: Packed) -> None:
+        """Use these weights from now on. A captured graph reads fixed addresses, so moved weights drop it."""
+        if self.packed is not None and _addresses(self.packed) != _addresses(packed):
+            for runner in self._runners.values():
+                runner.graphs = None
+        self.packed = packed
+
+    def runner(self, rows: int) -> _Runner:
+        """Steps and buffers for a batch of ``rows``, made at the first use of its bucket."""
+        size = bucket_for(rows)
+        if size is None:
+            raise ValueError(f"batch of {rows} rows is larger than the largest bucket, {BUCKETS[-1]}")
+        if size not in self._runners:
+            steps: dict[str, Callable[..., Any]] = {
+                "embed": embed_step,
+                "layer": layer_step,
+                "codebook0": codebook0_step,
+                "depth": depth_step,
+            }
+            if self.mode == "compile":
+                steps = {name: compiling.compile_step(fn) for name, fn in steps.items()}
+            ops = COMPILED_OPS if self.mode == "compile" else LIBRARY_OPS
+            state = State(self.spec, size, self.capacity, self.dtype, self.device)
+            self._runners[size] = _Runner(steps, ops, state, self.device)
+        return self._runners[size]
+
+    def kv_bytes(self) -> int:
+        """Bytes of all KV buffers made so far."""
+        return sum(runner.state.bytes() for runner in self._runners.values())
+
+    def emit(self, runner: _Runner) -> None:
+        """All codebooks of one frame, from ``state.hidden`` into ``state.codes``."""
+        packed, state = self._bound(), runner.state
+        key = NoiseKey(state.seed, state.utterance, state.frame)
+        token = runner.codebook0(state.hidden, packed.backbone_head, runner.params, key, runner.ops)
+        tokens = []
+        for position in self._positions:
+            token, _ = self.depth_position(runner, position, token)
+            tokens.append(token)
+        state.codes.copy_(torch.stack(tokens, dim=1))
+
+    def depth_position(self, runner: _Runner, position: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
+        """One position of the depth decoder: token in, next token and its logits out."""
+        packed, state = self._bound(), runner.state
+        return runner.depth(
+            position,
+            token,
+            state.hidden,
+            packed.depth_embedding,
+            packed.depth_projection,
+            packed.depth,
+            packed.depth_heads,
+            state.depth_keys,
+            state.depth_values,
+            self.depth_rotary.cos,
+            self.depth_rotary.sin,
+            runner.depth_params,
+            NoiseKey(state.seed, state.utterance, state.frame),
+            self._depth_shape,
+            runner.ops,
+        )
+
+    def advance(self, runner: _Runner) -> None:
+        """Feed ``state.codes`` to the backbone: the next ``state.hidden``, one position further."""
+        packed, state = self._bound(), runner.state
+        x, cos, sin, bias = runner.embed(
+            state.codes,
+            packed.backbone_embedding,
+            self.spec.vocab,
+            state.allowed,
+            state.length,
+            state.position,
+            self.rotary.cos,
+            self.rotary.sin,
+        )
+        for i, layer in enumerate(packed.backbone.layers):
+            x = runner.layer(
+                x, layer, state.keys[i], state.values[i], state.length, cos, sin, bias, self._shape, runner.ops
+            )
+        state.hidden.copy_(rms_norm_ref(x, packed.backbone.norm, self._shape.eps))
+        state.length.add_(1)
+        state.position.add_(1)
+        state.frame.add_(1)
+
+    def next_frame(self, runner: _Runner, first: bool) -> Tensor:
+        """Run one frame and return its codes, ``[B, codebooks]``, a buffer the next call overwrites."""
+        if runner.graphs is not None:
+            runner.graphs[0 if first else 1].replay()
+            return runner.state.codes
+        start = time.perf_counter()
+        if not first:
+            self.advance(runner)
+        middle = time.perf_counter()
+        self.emit(runner)
+        end = time.perf_counter()
+        if not first:
+            self.metrics.observe("backbone", middle - start)
+            self.metrics.observe("frame", end - start)
+        self.metrics.observe("depth", end - middle)
+        return runner.state.codes
+
+    def prepare(self, rows: int) -> _Runner:
+        """The runner of a batch, its CUDA graphs captured. Overwrites the runner's state: load the prompt afterwards."""
+        runner = self.runner(rows)
+        if self.mode == "graph" and runner.graphs is None:
+            runner.state.length.zero_()
+            runner.state.position.zero_()
+
+            def later() -> None:
+                self.advance(runner)
+                self.emit(runner)
+
+            runner.graphs = (
+                graphs.FrameGraph(lambda: self.emit(runner), self.device),
+                graphs.FrameGraph(later, self.device),
+            )
+            for graph in runner.graphs:
+                if graph.failure is not None and self.metrics.fault(f"CUDA graph capture failed: {graph.failure}"):
+                    logger.warning("CUDA graph capture failed, running the frame as launches: %s", graph.failure)
+        return runner
+
+    def warm_up(self, rows: int, advance: Callable[[str], None] | None = None) -> None:
+        """Compile or capture every step for a batch of ``rows``, with made-up contents.
+
+        Args:
+            rows: batch size.
+            advance: called with the name of each part as it is done, for a progress bar.
+        """
+        done = advance or (lambda _: None)
+        runner = self.prepare(rows)
+        if runner.graphs is not None:
+            done("frame graph")
+            return
+        state = runner.state
+        state.length.zero_()
+        state.position.zero_()
+        key = NoiseKey(state.seed, state.utterance, state.frame)
+        runner.codebook0(state.hidden, self._bound().backbone_head, runner.params, key, runner.ops)
+        done("codebook 0")
+        self.depth_position(runner, self._positions[0], torch.zeros_like(state.seed))
+        done("depth step")
+        self.advance(runner)
+        done("backbone")
+
+    def self_test(self, rows: int) -> str | None:
+        """Compare the steps in use with eager references on random input; what is wrong, or None.
+
+        Runs one backbone layer and one depth position. It finds a compiler that makes wrong code, not a wrong model.
+        """
+        packed, runner = self._bound(), self.runner(rows)
+        state, generator = runner.state, torch.Generator().manual_seed(0)
+        state.hidden.copy_(torch.randn(state.hidden.shape, generator=generator))
+        token = torch.zeros_like(state.seed)
+        for position in self._positions[:2]:
+            _, ours = self.depth_position(runner, position, token)
+        eager = _Runner(
+            {"embed": embed_step, "layer": layer_step, "codebook0": codebook0_step, "depth": depth_step},
+            LIBRARY_OPS if self.dtype == torch.float32 else COMPILED_OPS,
+            state,
+            self.device,
+        )
+        for position in self._positions[:2]:
+            _, theirs = self.depth_position(eager, position, token)
+        x = torch.randn(state.hidden.shape, generator=generator).to(self.device)
+        slot = torch.zeros_like(state.seed)
+        bias = torch.full(state.allowed.shape, float("-inf"), device=self.device)
+        bias[:, 0] = 0.0
+        args = (x, packed.backbone.layers[0], state.keys[0], state.values[0], slot)
+        rotary = (self.rotary.cos[slot], self.rotary.sin[slot], bias, self._shape)
+        ours_layer = runner.layer(*args, *rotary, runner.ops)
+        their_layer = layer_step(*args, *rotary, eager.ops)
+        tolerance = 1e-3 if self.mode == "compile" or self.dtype == torch.float32 else 5e-2
+        for name, a, b in (("depth step", ours, theirs), ("backbone layer", ours_layer, their_layer)):
+            if not torch.isfinite(a).all():
+                return f"{name} returns NaN or infinity"
+            error = float((a - b).abs().max()) / max(float(b.abs().max()), 1e-12)
+            if error > tolerance:
+                return f"{name} differs from its reference by {error:.1e} of its largest value"
+        return None
+
+    def _bound(self) -> Packed:
+        assert self.packed is not None, "bind() comes before decoding"
+        return self.packed
+
+
+def _heads(stack: StackSpec) -> Heads:
+    return Heads(stack.heads, stack.kv_heads, stack.head_dim, stack.eps)
+
+
+def _addresses(packed: Packed) -> tuple[int, ...]:
+    leaves = torch.utils._pytree.tree_leaves(packed)
+    return tuple(leaf.data_ptr() for leaf in leaves if isinstance(leaf, Tensor))

@@ -1,0 +1,69 @@
+"""KV buffers of the backbone and the depth decoder, and where each row stands in them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from csm_runtime.adapters.spec import ModelSpec
+
+
+class State:
+    """Everything of a batch of utterances that changes from frame to frame, preallocated.
+
+    Sizes: ``B`` rows, ``C`` cached positions of the backbone, ``K`` codebooks.
+
+    ``hidden`` ``[B, D]`` fp32 is the backbone's normalised last hidden state; ``codes`` ``[B, K]`` the latest frame;
+    ``length`` ``[B]`` the next free cache slot; ``position`` ``[B]`` the next rotary position, which differs from
+    ``length`` under left padding; ``allowed`` ``[B, C]`` which slots a row may look at; ``frame`` ``[B]`` frames made.
+    """
+
+    def __init__(self, spec: ModelSpec, rows: int, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
+        b, d = spec.backbone, spec.depth
+
+        def caches(layers: int, heads: int, positions: int, dim: int) -> list[Tensor]:
+            return [torch.zeros(rows, heads, positions, dim, dtype=dtype, device=device) for _ in range(layers)]
+
+        def ints(*shape: int) -> Tensor:
+            return torch.zeros(*shape, dtype=torch.int64, device=device)
+
+        self.rows, self.capacity = rows, capacity
+        self.keys = caches(b.layers, b.kv_heads, capacity, b.head_dim)
+        self.values = caches(b.layers, b.kv_heads, capacity, b.head_dim)
+        self.depth_keys = caches(d.layers, d.kv_heads, spec.codebooks, d.head_dim)
+        self.depth_values = caches(d.layers, d.kv_heads, spec.codebooks, d.head_dim)
+        self.hidden = torch.zeros(rows, b.hidden, device=device)
+        self.codes = ints(rows, spec.codebooks)
+        self.length, self.position, self.frame = ints(rows), ints(rows), ints(rows)
+        self.seed, self.utterance = ints(rows), ints(rows)
+        self.allowed = torch.zeros(rows, capacity, dtype=torch.bool, device=device)
+
+    def bytes(self) -> int:
+        """Bytes held by the KV buffers."""
+        buffers = (*self.keys, *self.values, *self.depth_keys, *self.depth_values)
+        return sum(t.numel() * t.element_size() for t in buffers)
+
+    def load_prompt(
+        self, layers: list[tuple[Tensor, Tensor]], hidden: Tensor, mask: Tensor | None, positions: Tensor
+    ) -> None:
+        """Take over a prefilled prompt; rows beyond its batch repeat its first row and are never returned.
+
+        Args:
+            layers: per backbone layer the prompt's keys and values, ``[N, KV, T, D]``, N <= rows.
+            hidden: ``[N, D]`` normalised hidden state of the last position.
+            mask: ``[N, T]`` 1 where a prompt position counts, or None for all.
+            positions: ``[N]`` rotary position of the last prompt position.
+        """
+        count, _, tokens, _ = layers[0][0].shape
+        rows = torch.arange(self.rows, device=self.hidden.device)
+        rows = torch.where(rows < count, rows, torch.zeros_like(rows))
+        for cache, source in zip(self.keys, (k for k, _ in layers)):
+            cache[:, :, :tokens].copy_(source[rows])
+        for cache, source in zip(self.values, (v for _, v in layers)):
+            cache[:, :, :tokens].copy_(source[rows])
+        self.hidden.copy_(hidden[rows])
+        self.length.fill_(tokens)
+        self.position.copy_(positions[rows] + 1)
+        self.frame.zero_()
+        self.allowed.zero_()
+        self.allowed[:, :tokens] = True if mask is None else mask[rows].bool()

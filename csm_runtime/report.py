@@ -1,0 +1,66 @@
+"""What ``model.acceleration.report()`` returns: data first, a table when printed."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Report:
+    """The state of an accelerated model. Bytes are bytes; ``zones`` has one dict per zone of the model.
+
+    ``copied_bytes`` is what packed copies hold beside the stock model, ``kv_bytes`` what the preallocated KV buffers
+    hold. Per zone, ``bytes`` is its size and ``bytes_per_frame`` what one frame at batch 1 reads of it.
+    """
+
+    model: str
+    device: str
+    dtype: str
+    mode: str
+    policy: str
+    zones: list[dict[str, Any]]
+    copied_bytes: int
+    kv_bytes: int
+    capacity: int
+    batch_sizes: list[int]
+    originals_dropped: bool
+    notes: list[str]
+    metrics: dict[str, Any]
+
+    @property
+    def bytes_per_frame(self) -> int:
+        """Weight bytes one frame reads at batch 1."""
+        return sum(row["bytes_per_frame"] for row in self.zones)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data, for JSON."""
+        return {**asdict(self), "bytes_per_frame": self.bytes_per_frame}
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.model} on {self.device}, {self.dtype}, precision {self.policy!r}, frames run in mode {self.mode!r}",
+            f"{'zone':<18} {'format':<18} {'held':>10} {'read/frame':>11}",
+        ]
+        for row in self.zones:
+            lines.append(f"{row['zone']:<18} {row['format']:<18} {_mb(row['bytes']):>10} {_mb(row['bytes_per_frame']):>11}")
+        lines.append(f"{'sum':<18} {'':<18} {_mb(sum(r['bytes'] for r in self.zones)):>10} {_mb(self.bytes_per_frame):>11}")
+        beside = "in their place" if self.originals_dropped else "beside the stock weights"
+        lines.append(
+            f"packed copies {_mb(self.copied_bytes)} {beside}; KV buffers {_mb(self.kv_bytes)} for {self.capacity} "
+            f"positions; ready for batch {', '.join(map(str, self.batch_sizes)) or 'none yet'}"
+        )
+        counters = self.metrics["counters"]
+        lines.append(
+            f"calls: {counters.get('generate.fast', 0)} fast, {counters.get('generate.stock', 0)} stock; "
+            f"{counters.get('frames', 0)} frames; {counters.get('faults', 0)} faults"
+        )
+        lines += [f"  stock path {count}x: {reason}" for reason, count in self.metrics["stock_reasons"].items()]
+        lines += [f"  fault {count}x: {what}" for what, count in self.metrics["faults"].items()]
+        lines += [f"note: {note}" for note in self.notes]
+        lines.append("left alone: prefill, text embedding, codec, forward() and training run the stock modules")
+        return "\n".join(lines)
+
+
+def _mb(count: float) -> str:
+    return f"{count / 1e6:.1f} MB"

@@ -1,0 +1,196 @@
+"""The functions one frame is made of, written once for every execution: compiled, captured, or eager.
+
+Tensors and plain numbers in, tensors out; caches are written in place. Everything that changes from call to call is a
+tensor, so that none of it is a guard. ``Ops`` says which implementation of the two heavy ops to use.
+
+One frame, in order: :func:`codebook0_step` on the backbone's hidden state, then :func:`depth_step` for positions 0 to
+``codebooks - 1``; then, for the next frame, :func:`embed_step`, :func:`layer_step` for each backbone layer and the
+final norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from csm_kernels import (
+    NoiseKey,
+    QuantWeight,
+    SamplingParams,
+    apply_rope_ref,
+    attention_step_library,
+    attention_step_ref,
+    embed_frame_ref,
+    gemv_library,
+    gemv_streamed,
+    gumbel_noise_ref,
+    rms_norm_ref,
+    sample_ref,
+    swiglu_ref,
+)
+from csm_runtime.weights import Layer, Linear, Stack
+
+
+class Ops(NamedTuple):
+    """The two ops that have an execution of their own per backend."""
+
+    gemv: Callable[..., Tensor]
+    attention: Callable[..., Tensor]
+
+
+COMPILED_OPS = Ops(gemv_streamed, attention_step_ref)
+"""What Inductor turns into one loop per matrix on a CPU."""
+LIBRARY_OPS = Ops(gemv_library, attention_step_library)
+"""What eager execution and CUDA graphs of stock ops use."""
+
+
+class Heads(NamedTuple):
+    """Attention shape and norm epsilon of one stack."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    eps: float
+
+
+def layer_step(
+    x: Tensor,
+    layer: Layer,
+    keys: Tensor,
+    values: Tensor,
+    slot: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    bias: Tensor,
+    shape: Heads,
+    ops: Ops,
+) -> Tensor:
+    """One decoder layer for one new position per row.
+
+    Args:
+        x: ``[B, D]`` fp32 residual stream.
+        layer: its weights.
+        keys: ``[B, KV, C, head_dim]``, written at ``slot``.
+        values: likewise.
+        slot: ``[B]`` int64, where each row's new key and value go.
+        cos: ``[B, head_dim]`` fp32 at each row's rotary position.
+        sin: likewise.
+        bias: ``[B, C]`` fp32 mask, as :func:`~csm_kernels.attention_step_ref` takes it.
+        shape: heads of the stack.
+        ops: implementations to use.
+
+    Returns:
+        ``[B, D]`` fp32.
+    """
+    rows = x.shape[0]
+
+    def linear(value: Tensor, matrix: Linear) -> Tensor:
+        return ops.gemv(value, matrix.weight, matrix.bias)
+
+    normed = rms_norm_ref(x, layer.input_norm, shape.eps)
+    q = linear(normed, layer.q).view(rows, shape.heads, shape.head_dim)
+    k = linear(normed, layer.k).view(rows, shape.kv_heads, shape.head_dim)
+    v = linear(normed, layer.v).view(rows, shape.kv_heads, shape.head_dim)
+    index = torch.arange(rows, device=x.device)
+    keys[index, :, slot] = apply_rope_ref(k, cos, sin).to(keys.dtype)
+    values[index, :, slot] = v.to(values.dtype)
+    x = x + linear(ops.attention(apply_rope_ref(q, cos, sin), keys, values, bias), layer.o)
+    normed = rms_norm_ref(x, layer.post_norm, shape.eps)
+    return x + linear(swiglu_ref(linear(normed, layer.gate), linear(normed, layer.up)), layer.down)
+
+
+def embed_step(
+    codes: Tensor,
+    table: Tensor,
+    vocab: int,
+    allowed: Tensor,
+    slot: Tensor,
+    position: Tensor,
+    cos_table: Tensor,
+    sin_table: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The backbone's input for the frame just made, its rotary values and its attention mask.
+
+    Marks ``slot`` in ``allowed`` ``[B, C]``. Returns ``x`` ``[B, D]``, ``cos``, ``sin`` ``[B, head_dim]`` and ``bias``
+    ``[B, C]``, all fp32.
+    """
+    index = torch.arange(codes.shape[0], device=codes.device)
+    allowed[index, slot] = True
+    bias = torch.where(allowed, 0.0, float("-inf"))
+    return embed_frame_ref(codes, table, vocab), cos_table[position], sin_table[position], bias
+
+
+def codebook0_step(hidden: Tensor, head: Linear, params: SamplingParams, key: NoiseKey, ops: Ops) -> Tensor:
+    """Codebook 0 of every row, ``[B]`` int64, from the backbone's normalised hidden state ``[B, D]``."""
+    logits = ops.gemv(hidden, head.weight, head.bias)
+    codebook = torch.zeros(1, dtype=torch.int64, device=hidden.device)
+    return sample_ref(logits, params, gumbel_noise_ref(key, codebook, logits.shape[-1]))
+
+
+def depth_step(
+    position: Tensor,
+    token: Tensor,
+    hidden: Tensor,
+    embedding: Tensor,
+    projection: Linear,
+    stack: Stack,
+    heads: Tensor | QuantWeight,
+    keys: list[Tensor],
+    values: list[Tensor],
+    cos_table: Tensor,
+    sin_table: Tensor,
+    params: SamplingParams,
+    key: NoiseKey,
+    shape: Heads,
+    ops: Ops,
+) -> tuple[Tensor, Tensor]:
+    """One position of the depth decoder: embed, all layers, this position's head, sample.
+
+    Position 0 takes the backbone's hidden state instead of an embedding and only fills the cache: it returns the token
+    it was given. Position ``p >= 1`` takes the token of codebook ``p - 1`` and returns the token of codebook ``p``.
+
+    Args:
+        position: one-element int64 tensor.
+        token: ``[B]`` int64, the latest token of each row.
+        hidden: ``[B, backbone D]`` fp32.
+        embedding: ``[codebooks * V, backbone D]``.
+        projection: backbone width to depth width.
+        stack: the depth decoder's layers and final norm.
+        heads: ``[codebooks - 1, V, D]``.
+        keys: per layer ``[B, KV, codebooks, head_dim]``.
+        values: likewise.
+        cos_table: ``[codebooks, head_dim]`` fp32.
+        sin_table: likewise.
+        params: sampling parameters of each row.
+        key: noise of each row.
+        shape: heads of the depth decoder.
+        ops: implementations to use.
+
+    Returns:
+        ``[B]`` int64, and the logits ``[B, V]`` fp32 it was drawn from (of no meaning at position 0).
+    """
+    rows = token.shape[0]
+    stacked = heads.data if isinstance(heads, QuantWeight) else heads
+    vocab = stacked.shape[1]
+    head = (position - 1).clamp(min=0)
+    first = position == 0
+    x = torch.where(first, hidden, embedding[head * vocab + token].float())
+    x = ops.gemv(x, projection.weight, projection.bias)
+    slot = position.expand(rows)
+    cos, sin = cos_table[slot], sin_table[slot]
+    bias = torch.where(torch.arange(stacked.shape[0] + 1, device=x.device) <= position, 0.0, float("-inf"))
+    bias = bias.expand(rows, -1)
+    for i, layer in enumerate(stack.layers):
+        x = layer_step(x, layer, keys[i], values[i], slot, cos, sin, bias, shape, ops)
+    x = rms_norm_ref(x, stack.norm, shape.eps)
+    matrix: Tensor | QuantWeight
+    if isinstance(heads, QuantWeight):
+        matrix = QuantWeight(heads.data[head][0], heads.scale[head][0])
+    else:
+        matrix = heads[head][0]
+    logits = ops.gemv(x, matrix)
+    drawn = sample_ref(logits, params, gumbel_noise_ref(key, position, vocab))
+    return torch.where(first, token, drawn), logits

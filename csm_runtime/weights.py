@@ -1,0 +1,213 @@
+"""From live model weights and a policy to what the engine reads, and the check that no packed copy is stale.
+
+``keep`` zones are the stock tensors themselves. Copies exist only where a format or a layout differs: int8 zones, and
+the depth decoder's heads, which stock stores ``[D, V]`` and a row-wise GEMV wants ``[V, D]``. A copy remembers the
+fingerprint of its source and is packed again when that has changed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from csm_kernels import QuantWeight, quantize_int8
+from csm_runtime.adapters.spec import LayerWeights, LinearWeights, ModelWeights
+from csm_runtime.precision import PrecisionPolicy
+
+
+class Linear(NamedTuple):
+    """A matrix as the decode step reads it."""
+
+    weight: Tensor | QuantWeight
+    bias: Tensor | None
+
+
+class Layer(NamedTuple):
+    """One decoder layer as the decode step reads it."""
+
+    input_norm: Tensor
+    q: Linear
+    k: Linear
+    v: Linear
+    o: Linear
+    post_norm: Tensor
+    gate: Linear
+    up: Linear
+    down: Linear
+
+
+class Stack(NamedTuple):
+    """All layers of one stack and its final norm."""
+
+    layers: list[Layer]
+    norm: Tensor
+
+
+class Packed(NamedTuple):
+    """Everything one frame reads."""
+
+    backbone: Stack
+    backbone_head: Linear
+    backbone_embedding: Tensor
+    depth: Stack
+    depth_projection: Linear
+    depth_heads: Tensor | QuantWeight
+    """``[codebooks - 1, V, D]``"""
+    depth_embedding: Tensor
+
+
+_ATTENTION = ("q", "k", "v", "o")
+
+
+def _named_sources(weights: ModelWeights) -> dict[str, tuple[str, Tensor]]:
+    """Every matrix of the model: name to (zone, live tensor)."""
+    out: dict[str, tuple[str, Tensor]] = {}
+    stacks: tuple[tuple[str, list[LayerWeights]], ...] = (("backbone", weights.backbone), ("depth", weights.depth))
+    for stack, layers in stacks:
+        for i, layer in enumerate(layers):
+            for name, value in zip(layer._fields, layer):
+                if isinstance(value, LinearWeights):
+                    zone = f"{stack}.{'attention' if name in _ATTENTION else 'mlp'}"
+                    out[f"{stack}.{i}.{name}"] = (zone, value.weight)
+    out["backbone.head"] = ("backbone.head", weights.backbone_head.weight)
+    out["depth.projection"] = ("depth.projection", weights.depth_projection.weight)
+    out["depth.head"] = ("depth.head", weights.depth_heads)
+    return out
+
+
+def _fingerprint(source: Tensor) -> Tensor:
+    """A bit pattern that changes with any visible change of a weight: the matrix times one fixed vector.
+
+    Reads the source once, in 64 MB of scratch at most. ``_version`` is not enough: ``param.data += delta``, which LoRA
+    merges use, does not move it. Being position dependent it also sees swapped rows and columns.
+    """
+    rows = source.detach().reshape(-1, source.shape[-1])
+    probe = torch.linspace(-1.0, 1.0, rows.shape[-1], device=rows.device) + 0.37
+    step = max(1, (1 << 24) // rows.shape[-1])
+    sums = [(rows[i : i + step].float() @ probe).view(torch.int32) for i in range(0, rows.shape[0], step)]
+    return torch.cat(sums)
+
+
+@dataclass
+class _Copy:
+    packed: Tensor | QuantWeight
+    fingerprint: Tensor | None
+    """None once the original was dropped: nothing is left to compare with."""
+
+
+@dataclass
+class PackedWeights:
+    """Packed copies by name, kept true to the model they were made from."""
+
+    policy: PrecisionPolicy
+    _copies: dict[str, _Copy] = field(default_factory=dict)
+
+    def refresh(self, weights: ModelWeights, advance: Any = None) -> tuple[Packed, list[str]]:
+        """Bind the live tensors and repack what has changed.
+
+        Args:
+            weights: the model's live weights.
+            advance: called with each name as its matrix is done, for a progress bar.
+
+        Returns:
+            What the engine reads, and the names of the copies that were stale.
+
+        Raises:
+            ValueError: a weight cannot be stored in its zone's format.
+        """
+        stale: list[str] = []
+        bound: dict[str, Tensor | QuantWeight] = {}
+        for name, (zone, source) in _named_sources(weights).items():
+            bound[name] = self._bind(name, self.policy.format_of(zone), source, stale)
+            if advance is not None:
+                advance(name)
+
+        def linear(name: str, live: LinearWeights) -> Linear:
+            return Linear(bound[name], live.bias)
+
+        def stack(prefix: str, layers: list[LayerWeights], norm: Tensor) -> Stack:
+            packed = [
+                Layer(
+                    *(
+                        linear(f"{prefix}.{i}.{name}", value) if isinstance(value, LinearWeights) else value
+                        for name, value in zip(live._fields, live)
+                    )
+                )
+                for i, live in enumerate(layers)
+            ]
+            return Stack(packed, norm)
+
+        return (
+            Packed(
+                backbone=stack("backbone", weights.backbone, weights.backbone_norm),
+                backbone_head=linear("backbone.head", weights.backbone_head),
+                backbone_embedding=weights.backbone_embedding,
+                depth=stack("depth", weights.depth, weights.depth_norm),
+                depth_projection=linear("depth.projection", weights.depth_projection),
+                depth_heads=bound["depth.head"],
+                depth_embedding=weights.depth_embedding,
+            ),
+            stale,
+        )
+
+    def _bind(self, name: str, fmt: str, source: Tensor, stale: list[str]) -> Tensor | QuantWeight:
+        transposed = name == "depth.head"
+        if fmt == "keep" and not transposed:
+            return source
+        old = self._copies.get(name)
+        if old is not None and (source.is_meta or old.fingerprint is None):
+            return old.packed
+        mark = _fingerprint(source)
+        if old is not None and old.fingerprint is not None and old.fingerprint.device == mark.device:
+            if torch.equal(old.fingerprint, mark):
+                return old.packed
+        if old is not None:
+            stale.append(name)
+        matrix = source.transpose(-1, -2) if transposed else source
+        packed = matrix.contiguous() if fmt == "keep" else quantize_int8(matrix)
+        self._copies[name] = _Copy(packed, mark)
+        return packed
+
+    def release_sources(self) -> None:
+        """Stop comparing copies with their originals, which are about to be dropped."""
+        for copy in self._copies.values():
+            copy.fingerprint = None
+
+    def copied_bytes(self) -> int:
+        """Bytes held by packed copies, over and above the stock model."""
+        return sum(storage_bytes(copy.packed) for copy in self._copies.values())
+
+    def copy_of(self, name: str) -> Tensor | QuantWeight | None:
+        """The packed copy of one matrix, None where the stock tensor is read as it is."""
+        copy = self._copies.get(name)
+        return None if copy is None else copy.packed
+
+
+def storage_bytes(weight: Tensor | QuantWeight) -> int:
+    """Bytes a decode step reads for one matrix."""
+    tensors = weight if isinstance(weight, QuantWeight) else (weight,)
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def zone_table(packed: Packed, policy: PrecisionPolicy, depth_steps: int) -> list[dict[str, Any]]:
+    """Per zone: format, bytes held and bytes one frame at batch 1 reads."""
+    rows: list[dict[str, Any]] = []
+
+    def add(zone: str, matrices: list[Tensor | QuantWeight], reads: float) -> None:
+        held = sum(storage_bytes(m) for m in matrices)
+        fmt = policy.format_of(zone)
+        if fmt == "keep":
+            fmt = f"keep ({str(matrices[0].dtype).removeprefix('torch.')})" if isinstance(matrices[0], Tensor) else fmt
+        rows.append({"zone": zone, "format": fmt, "bytes": held, "bytes_per_frame": int(held * reads)})
+
+    for name, stack, reads in (("backbone", packed.backbone, 1), ("depth", packed.depth, depth_steps)):
+        add(f"{name}.attention", [x.weight for l in stack.layers for x in (l.q, l.k, l.v, l.o)], reads)
+        add(f"{name}.mlp", [x.weight for l in stack.layers for x in (l.gate, l.up, l.down)], reads)
+    add("backbone.head", [packed.backbone_head.weight], 1)
+    add("depth.projection", [packed.depth_projection.weight], depth_steps)
+    heads = packed.depth_heads.data if isinstance(packed.depth_heads, QuantWeight) else packed.depth_heads
+    add("depth.head", [packed.depth_heads], depth_steps / heads.shape[0])
+    return rows
