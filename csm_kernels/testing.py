@@ -35,7 +35,9 @@ def assert_close(ours: Tensor, truth: Tensor, eager: Tensor, *, name: str = "val
         ValueError: shapes differ.
     """
     if not ours.shape == truth.shape == eager.shape:
-        raise ValueError(f"shapes differ: ours {tuple(ours.shape)}, truth {tuple(truth.shape)}, eager {tuple(eager.shape)}")
+        raise ValueError(
+            f"shapes differ: ours {tuple(ours.shape)}, truth {tuple(truth.shape)}, eager {tuple(eager.shape)}"
+        )
     if not torch.equal(torch.isfinite(ours), torch.isfinite(truth)):
         where = (torch.isfinite(ours) != torch.isfinite(truth)).flatten().nonzero()[0].item()
         raise AssertionError(f"{name}: finite and non-finite values differ from the truth, first at flat index {where}")

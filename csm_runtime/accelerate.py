@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csm_runtime import compiling
+from csm_runtime import compiling, hugepages
 from csm_runtime.adapters import hf, hf_call, hf_checks
 from csm_runtime.engine import BUCKETS, Engine, bucket_for
 from csm_runtime.metrics import Metrics
 from csm_runtime.precision import PrecisionPolicy, resolve_policy
 from csm_runtime.report import Report
-from csm_runtime.weights import PackedWeights, zone_table
+from csm_runtime.weights import PackedWeights, matrices, zone_table
 
 logger = logging.getLogger("csm_runtime")
 
@@ -73,18 +73,27 @@ def accelerate(
             f"{type(model).__qualname__}"
         )
     previous = model.__dict__.get("acceleration")
+    if isinstance(previous, Acceleration) and previous.originals_dropped:
+        raise ValueError(
+            "model was accelerated with drop_originals=True and has no weights left to pack; load it again"
+        )
+    handle = Acceleration(model, resolve_policy(precision), max_positions, mode, progress)
+    handle.set_up(_buckets(batch_sizes))
     if isinstance(previous, Acceleration):
         previous.restore()
-    handle = Acceleration(model, resolve_policy(precision), max_positions, mode, progress)
-    for size in batch_sizes:
-        if not isinstance(size, int) or size < 1 or bucket_for(size) is None:
-            raise ValueError(f"batch_sizes must hold integers from 1 to {BUCKETS[-1]}, got {size!r}")
-    handle.set_up(tuple(dict.fromkeys(bucket_for(size) or 1 for size in batch_sizes)))
     if drop_originals:
         handle.drop_originals()
     model.__dict__["acceleration"] = handle
     model.__dict__["generate"] = _FastGenerate(model, handle)
     return model
+
+
+def _buckets(batch_sizes: Any) -> tuple[int, ...]:
+    if not isinstance(batch_sizes, Sequence) or not all(
+        type(size) is int and size >= 1 and bucket_for(size) is not None for size in batch_sizes
+    ):
+        raise ValueError(f"batch_sizes must be a sequence of integers from 1 to {BUCKETS[-1]}, got {batch_sizes!r}")
+    return tuple(dict.fromkeys(bucket_for(size) or 1 for size in batch_sizes))
 
 
 class Acceleration:
@@ -116,6 +125,7 @@ class Acceleration:
         self._busy = False
         self._warm: set[int] = set()
         self._dropped = False
+        self._huge_bytes = 0
         self.policy = policy
         self.metrics = Metrics()
         self.notes: list[str] = []
@@ -128,6 +138,8 @@ class Acceleration:
         with _plain_mode():
             self._refresh(bar.advance)
         bar.close()
+        assert self._engine.packed is not None
+        self._huge_bytes = hugepages.collapse(matrices(self._engine.packed))
         self.metrics.setup_seconds["pack"] = time.perf_counter() - start
         for size in sizes:
             self._warm_up(size)
@@ -142,10 +154,18 @@ class Acceleration:
         """How frames are run: ``compile``, ``graph`` or ``eager``."""
         return self._engine.mode
 
+    @property
+    def originals_dropped(self) -> bool:
+        """Whether stock weights were freed."""
+        return self._dropped
+
     def report(self) -> Report:
         """What runs where, in which format, how many bytes it reads and holds, and what went to the stock path."""
-        packed, _ = self._weights.refresh(hf.live_weights(self._model))
+        with self._lock, _plain_mode():
+            self._refresh()
         engine = self._engine
+        packed = engine.packed
+        assert packed is not None
         return Report(
             model=type(self._model).__name__,
             device=str(engine.device),
@@ -157,6 +177,7 @@ class Acceleration:
             kv_bytes=engine.kv_bytes(),
             capacity=engine.capacity,
             batch_sizes=sorted(self._warm),
+            huge_page_bytes=self._huge_bytes,
             originals_dropped=self._dropped,
             notes=list(self.notes),
             metrics=self.metrics.snapshot(),
@@ -179,9 +200,13 @@ class Acceleration:
 
     def drop_originals(self) -> None:
         """Free the stock copies of int8 matrices; the stock modules compute from the int8 copies from now on."""
-        hf.drop_originals(self._model, self._weights.copy_of)
-        self._weights.release_sources()
-        self._dropped = True
+        if hf.drop_originals(self._model, self._weights.copy_of):
+            self._weights.release_sources()
+            self._dropped = True
+        else:
+            self.notes.append(
+                f"drop_originals had nothing to drop: precision {self.policy.name!r} stores nothing in int8"
+            )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None  # a copied model is a stock model
@@ -192,14 +217,12 @@ class Acceleration:
     # ------------------------------------------------------------------------------------------------------ inside
 
     def _build_engine(self) -> Engine:
-        weight = self._model.backbone_model.layers[0].input_layernorm.weight
+        device = self._model.backbone_model.norm.weight.device
         dtype = hf.read_dtype(self._model)
-        if weight.device.type == "meta":
-            raise ValueError("model has weights on the meta device; load them before accelerate()")
         capacity = self._wanted_positions or min(self._spec.backbone.positions, DEFAULT_POSITIONS)
         with _plain_mode():
             rotary = hf.rotary_tables(self._model, capacity)
-            return Engine(self._spec, rotary, dtype, weight.device, capacity, self._wanted_mode, self.metrics)
+            return Engine(self._spec, rotary, dtype, device, capacity, self._wanted_mode, self.metrics)
 
     def _matrix_count(self) -> int:
         return 7 * (self._spec.backbone.layers + self._spec.depth.layers) + 3
@@ -207,9 +230,16 @@ class Acceleration:
     def _refresh(self, advance: Callable[[str], None] | None = None) -> None:
         """Follow the model: its device, its dtype, its weights."""
         model = self._model
-        if hf.read_dtype(model) != self._engine.dtype or model.lm_head.weight.device != self._engine.device:
+        moved = model.backbone_model.norm.weight.device != self._engine.device
+        if moved and self._dropped:
+            raise RuntimeError(
+                f"the model was moved from {self._engine.device} after its original weights were dropped; move it before "
+                "accelerate(..., drop_originals=True)"
+            )
+        if moved or hf.read_dtype(model) != self._engine.dtype:
             self._engine = self._build_engine()
-            self._weights = PackedWeights(self.policy)
+            if not self._dropped:
+                self._weights = PackedWeights(self.policy)
             self._warm.clear()
             self.metrics.count("engine.rebuilt")
         packed, stale = self._weights.refresh(hf.live_weights(model), advance)
@@ -273,7 +303,9 @@ class Acceleration:
         if self.metrics.stock_path(reason):
             logger.warning("generate() takes the stock path: %s", reason)
 
-    def _run(self, request: hf_call.Request, seeds: _Seeds, streamer: Any, rest: Callable[[Tensor, Any], Tensor]) -> Tensor:
+    def _run(
+        self, request: hf_call.Request, seeds: _Seeds, streamer: Any, rest: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
         """The decode loop: ``[N, frames, codebooks]`` int64 on the model's device.
 
         A fault in the engine hands the frames made so far to ``rest``, which finishes on the stock path.
@@ -282,8 +314,16 @@ class Acceleration:
         rows, tokens = request.input_ids.shape[:2]
         if bucket_for(rows) is None:
             raise hf_call.Unsupported(f"a batch of {rows} rows, more than {BUCKETS[-1]}")
-        if tokens + request.max_frames - 1 > engine.capacity:
+        needed = tokens + request.max_frames - 1
+        if needed > engine.capacity:
+            if self._wanted_positions is not None:
+                raise ValueError(
+                    f"max_positions={engine.capacity} is too small for a prompt of {tokens} positions and "
+                    f"{request.max_frames} frames, which need {needed}; pass a larger max_positions to accelerate() or a "
+                    "smaller max_new_tokens"
+                )
             raise hf_call.Unsupported(f"more than {engine.capacity} positions of prompt and frames")
+        seeds.fit(rows, request.backbone.do_sample or request.depth.do_sample)
         start = time.perf_counter()
         frames: list[Tensor] = []
         ended = torch.zeros(rows, dtype=torch.bool, device=request.input_ids.device)
@@ -295,19 +335,21 @@ class Acceleration:
                     self.metrics.observe("prefill", time.perf_counter() - start)
                 codes = engine.next_frame(runner, first=not frames)[:rows].clone()
                 if request.pads_finished_rows and bool(ended.any()):
-                    codes = torch.where(ended[:, None], spec.pad_token, codes)
+                    codes = torch.where(ended[:, None], request.pad_token, codes)
                     runner.state.codes[:rows].copy_(codes)
             except Exception as error:  # whatever broke, the caller's audio goes on
                 what = f"{type(error).__name__}: {error}"
                 if self.metrics.fault(what):
-                    logger.warning("the fast path failed at frame %d, the stock path goes on: %s", len(frames), what, exc_info=True)
+                    logger.warning(
+                        "the fast path failed at frame %d, the stock path goes on: %s", len(frames), what, exc_info=True
+                    )
                 self._went_stock("a fault of the fast path")
                 made = torch.stack(frames, dim=1) if frames else request.input_ids.new_zeros(rows, 0, spec.codebooks)
-                return self._tidy(rest(made, streamer), request)
+                return rest(made, ended)
             if not frames:
                 self.metrics.observe("first_frame", time.perf_counter() - start)
             frames.append(codes)
-            ended = ended | hf_call.is_end(codes, spec)
+            ended = ended | hf_call.is_end(codes, request)
             if streamer is not None:
                 streamer.put(codes.cpu())
         if streamer is not None:
@@ -343,61 +385,50 @@ class Acceleration:
             params.temperature.fill_(wanted.temperature)
             params.top_k.fill_(wanted.top_k or vocab)
             params.top_p.fill_(wanted.top_p)
-        sampled = request.backbone.do_sample or request.depth.do_sample
-        seed, utterance = seeds.rows(rows, sampled)
-        state.seed.zero_()
-        state.utterance.zero_()
-        state.seed[:rows].copy_(seed)
-        state.utterance[:rows].copy_(utterance)
+        for target, values in ((state.seed, seeds.seed), (state.utterance, seeds.utterance_ids)):
+            assert values is not None, "fit() comes first"
+            target.zero_()
+            target[:rows].copy_(values)
         return runner
-
-    def _tidy(self, sequences: Tensor, request: hf_call.Request) -> Tensor:
-        """Give an utterance that changed paths the shape one loop would have given it: pads after each row's end."""
-        frames = sequences.shape[1]
-        ends = torch.stack([hf_call.is_end(sequences[:, i], self._spec) for i in range(frames)], dim=1)
-        after = ends.long().cumsum(1) - ends.long() > 0
-        if request.pads_finished_rows:
-            sequences = torch.where(after[:, :, None], self._spec.pad_token, sequences)
-        if bool(ends.any(1).all()):
-            sequences = sequences[:, : int(ends.long().argmax(1).max()) + 1]
-        return sequences
 
 
 class _Seeds:
-    """Seed and utterance number of each row of one call."""
+    """Seed and utterance number of each row of one call, as given and, once the batch is known, as tensors.
+
+    Raises:
+        ValueError: something that is neither an integer of at most 64 bits nor a row of them.
+    """
 
     def __init__(self, seed: Any, utterance_ids: Any) -> None:
-        self.seed, self.utterance_ids = seed, utterance_ids
+        self.given = seed is not None
+        self.seed = None if seed is None else _integers("seed", seed)
+        self.utterance_ids = None if utterance_ids is None else _integers("utterance_ids", utterance_ids)
 
-    def rows(self, count: int, sampled: bool) -> tuple[Tensor, Tensor]:
-        """``[count]`` int64 each. Without a given seed one is drawn from torch's generator, so ``torch.manual_seed`` holds."""
+    def fit(self, rows: int, sampled: bool) -> None:
+        """Make both ``[rows]`` int64. Without a given seed one is drawn from torch's generator: ``manual_seed`` holds."""
         if self.seed is None:
-            drawn = torch.randint(0, 2**62, (1,)) if sampled else torch.zeros(1, dtype=torch.int64)
-            seed = drawn.expand(count)
-        else:
-            seed = _per_row("seed", self.seed, count)
-        utterance = torch.arange(count) if self.utterance_ids is None else _per_row("utterance_ids", self.utterance_ids, count)
-        return seed, utterance
-
-    def check(self, rows: int | None) -> None:
-        """Refuse seeds that do not fit the batch, as far as it is known."""
-        for name, value in (("seed", self.seed), ("utterance_ids", self.utterance_ids)):
-            if value is not None and not isinstance(value, int) and rows is not None:
-                _per_row(name, value, rows)
+            self.seed = torch.randint(0, 2**62, ()) if sampled else torch.zeros((), dtype=torch.int64)
+        if self.utterance_ids is None:
+            self.utterance_ids = torch.arange(rows)
+        self.seed = _per_row("seed", self.seed, rows)
+        self.utterance_ids = _per_row("utterance_ids", self.utterance_ids, rows)
 
 
-def _per_row(name: str, value: Any, rows: int) -> Tensor:
+def _integers(name: str, value: Any) -> Tensor:
+    wanted = f"{name} must be an integer of at most 64 bits, or one per row of the batch"
     try:
         tensor = torch.as_tensor(value).cpu()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{name} must be an integer or one per row, got {value!r}") from error
-    if tensor.is_floating_point() or tensor.dtype == torch.bool or tensor.is_complex():
-        raise ValueError(f"{name} must be an integer or one per row, got {value!r}")
-    if tensor.ndim == 0:
-        return tensor.long().expand(rows)
-    if tuple(tensor.shape) != (rows,):
-        raise ValueError(f"{name} must be one integer or {rows} of them, got shape {tuple(tensor.shape)}")
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{wanted}, got {value!r}") from error
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool or tensor.ndim > 1:
+        raise ValueError(f"{wanted}, got {value!r}")
     return tensor.long()
+
+
+def _per_row(name: str, values: Tensor, rows: int) -> Tensor:
+    if values.ndim == 1 and len(values) != rows:
+        raise ValueError(f"{name} must be one integer or {rows} of them, one per row, got {len(values)}")
+    return values.expand(rows)
 
 
 class _FastGenerate:
@@ -407,6 +438,8 @@ class _FastGenerate:
     tokens depend on its seed and utterance number and on neither its place in the batch nor the other rows.
     """
 
+    is_accelerated = True
+
     def __init__(self, model: Any, handle: Acceleration) -> None:
         self._model, self._handle = model, handle
         functools.update_wrapper(self, type(model).generate.__get__(model))
@@ -414,22 +447,28 @@ class _FastGenerate:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model, handle = self._model, self._handle
         seeds = _Seeds(kwargs.pop("seed", None), kwargs.pop("utterance_ids", None))
+        if kwargs.get("custom_generate", 0) is None:
+            del kwargs["custom_generate"]
         stock = type(model).generate
         arguments = _by_name(stock, model, args, kwargs)
         with handle._lock:
-            wanted = handle._wanted_positions is not None
-            hf_checks.check_arguments(model, handle._spec, arguments, handle.capacity, wanted)
-            ids = arguments.get("input_ids")
-            seeds.check(ids.shape[0] if isinstance(ids, Tensor) else None)
+            hf_checks.check_arguments(model, handle._spec, arguments)
             reason = handle._why_stock(arguments)
             if reason is not None:
                 handle._went_stock(reason)
                 return _seeded(seeds, lambda: stock(model, *args, **kwargs))
             with _plain_mode():
                 handle._refresh()
+            depth_config = model.depth_decoder.generation_config
+            before = dict(vars(depth_config))
             handle._busy = True
             try:
                 return stock(model, *args, custom_generate=self._loop(seeds, arguments.get("streamer")), **kwargs)
+            except ValueError:
+                # The stock generate writes depth_decoder_* arguments into the model's own config before it checks them.
+                vars(depth_config).clear()
+                vars(depth_config).update(before)
+                raise
             finally:
                 handle._busy = False
 
@@ -445,8 +484,10 @@ class _FastGenerate:
             generation_config: Any,
             **model_kwargs: Any,
         ) -> Any:
-            def rest(made: Tensor, streamer: Any) -> Tensor:
-                return hf_call.continue_on_stock(model, request, made, logits_processor, generation_config, streamer)
+            def rest(made: Tensor, ended: Tensor) -> Tensor:
+                return hf_call.continue_on_stock(
+                    model, request, made, ended, logits_processor, generation_config, streamer
+                )
 
             try:
                 with _plain_mode():
@@ -492,11 +533,10 @@ def _by_name(function: Any, model: Any, args: tuple[Any, ...], kwargs: dict[str,
 
 def _seeded(seeds: _Seeds, call: Callable[[], Any]) -> Any:
     """Run a stock call; an explicit seed seeds torch's generators for it, and only for it."""
-    if seeds.seed is None:
+    if not seeds.given or seeds.seed is None:
         return call()
-    value = int(_per_row("seed", seeds.seed, 1)[0]) if isinstance(seeds.seed, int) else int(torch.as_tensor(seeds.seed)[0])
     with torch.random.fork_rng():
-        torch.manual_seed(value)
+        torch.manual_seed(int(seeds.seed.reshape(-1)[0]))
         return call()
 
 

@@ -52,9 +52,9 @@ class _Runner:
 
         def params() -> SamplingParams:
             return SamplingParams(
-                torch.ones(rows, device=device),
+                torch.ones(rows, dtype=torch.float32, device=device),
                 torch.ones(rows, dtype=torch.int64, device=device),
-                torch.ones(rows, device=device),
+                torch.ones(rows, dtype=torch.float32, device=device),
                 torch.zeros(rows, dtype=torch.bool, device=device),
             )
 
@@ -253,7 +253,7 @@ class Engine:
         """
         packed, runner = self._bound(), self.runner(rows)
         state, generator = runner.state, torch.Generator().manual_seed(0)
-        state.hidden.copy_(torch.randn(state.hidden.shape, generator=generator))
+        state.hidden.copy_(torch.randn(state.hidden.shape, generator=generator, dtype=torch.float32))
         token = torch.zeros_like(state.seed)
         for position in self._positions[:2]:
             _, ours = self.depth_position(runner, position, token)
@@ -265,9 +265,9 @@ class Engine:
         )
         for position in self._positions[:2]:
             _, theirs = self.depth_position(eager, position, token)
-        x = torch.randn(state.hidden.shape, generator=generator).to(self.device)
+        x = torch.randn(state.hidden.shape, generator=generator, dtype=torch.float32).to(self.device)
         slot = torch.zeros_like(state.seed)
-        bias = torch.full(state.allowed.shape, float("-inf"), device=self.device)
+        bias = torch.full(state.allowed.shape, float("-inf"), dtype=torch.float32, device=self.device)
         bias[:, 0] = 0.0
         args = (x, packed.backbone.layers[0], state.keys[0], state.values[0], slot)
         rotary = (self.rotary.cos[slot], self.rotary.sin[slot], bias, self._shape)

@@ -32,7 +32,7 @@ class State:
         self.values = caches(b.layers, b.kv_heads, capacity, b.head_dim)
         self.depth_keys = caches(d.layers, d.kv_heads, spec.codebooks, d.head_dim)
         self.depth_values = caches(d.layers, d.kv_heads, spec.codebooks, d.head_dim)
-        self.hidden = torch.zeros(rows, b.hidden, device=device)
+        self.hidden = torch.zeros(rows, b.hidden, dtype=torch.float32, device=device)
         self.codes = ints(rows, spec.codebooks)
         self.length, self.position, self.frame = ints(rows), ints(rows), ints(rows)
         self.seed, self.utterance = ints(rows), ints(rows)

@@ -39,7 +39,9 @@ class PrecisionPolicy:
     def __post_init__(self) -> None:
         for pattern, fmt in self.rules:
             if fmt not in FORMATS:
-                raise ValueError(f"precision: unknown format {fmt!r} for zone pattern {pattern!r}; choose from {FORMATS}")
+                raise ValueError(
+                    f"precision: unknown format {fmt!r} for zone pattern {pattern!r}; choose from {FORMATS}"
+                )
             hit = [zone for zone in ZONES if fnmatchcase(zone, pattern)]
             if not hit:
                 raise ValueError(f"precision: zone pattern {pattern!r} matches no zone; zones are {ZONES}")

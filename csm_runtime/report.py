@@ -24,6 +24,7 @@ class Report:
     kv_bytes: int
     capacity: int
     batch_sizes: list[int]
+    huge_page_bytes: int
     originals_dropped: bool
     notes: list[str]
     metrics: dict[str, Any]
@@ -43,12 +44,17 @@ class Report:
             f"{'zone':<18} {'format':<18} {'held':>10} {'read/frame':>11}",
         ]
         for row in self.zones:
-            lines.append(f"{row['zone']:<18} {row['format']:<18} {_mb(row['bytes']):>10} {_mb(row['bytes_per_frame']):>11}")
-        lines.append(f"{'sum':<18} {'':<18} {_mb(sum(r['bytes'] for r in self.zones)):>10} {_mb(self.bytes_per_frame):>11}")
+            lines.append(
+                f"{row['zone']:<18} {row['format']:<18} {_mb(row['bytes']):>10} {_mb(row['bytes_per_frame']):>11}"
+            )
+        lines.append(
+            f"{'sum':<18} {'':<18} {_mb(sum(r['bytes'] for r in self.zones)):>10} {_mb(self.bytes_per_frame):>11}"
+        )
         beside = "in their place" if self.originals_dropped else "beside the stock weights"
         lines.append(
             f"packed copies {_mb(self.copied_bytes)} {beside}; KV buffers {_mb(self.kv_bytes)} for {self.capacity} "
-            f"positions; ready for batch {', '.join(map(str, self.batch_sizes)) or 'none yet'}"
+            f"positions; {_mb(self.huge_page_bytes)} of weights in huge pages; ready for batch "
+            f"{', '.join(map(str, self.batch_sizes)) or 'none yet'}"
         )
         counters = self.metrics["counters"]
         lines.append(

@@ -102,6 +102,11 @@ def layer_step(
     return x + linear(swiglu_ref(linear(normed, layer.gate), linear(normed, layer.up)), layer.down)
 
 
+def _mask_bias(allowed: Tensor) -> Tensor:
+    """0 where allowed, minus infinity elsewhere, fp32 whatever the caller's default dtype is."""
+    return torch.zeros_like(allowed, dtype=torch.float32).masked_fill(~allowed, float("-inf"))
+
+
 def embed_step(
     codes: Tensor,
     table: Tensor,
@@ -119,8 +124,7 @@ def embed_step(
     """
     index = torch.arange(codes.shape[0], device=codes.device)
     allowed[index, slot] = True
-    bias = torch.where(allowed, 0.0, float("-inf"))
-    return embed_frame_ref(codes, table, vocab), cos_table[position], sin_table[position], bias
+    return embed_frame_ref(codes, table, vocab), cos_table[position], sin_table[position], _mask_bias(allowed)
 
 
 def codebook0_step(hidden: Tensor, head: Linear, params: SamplingParams, key: NoiseKey, ops: Ops) -> Tensor:
@@ -181,8 +185,7 @@ def depth_step(
     x = ops.gemv(x, projection.weight, projection.bias)
     slot = position.expand(rows)
     cos, sin = cos_table[slot], sin_table[slot]
-    bias = torch.where(torch.arange(stacked.shape[0] + 1, device=x.device) <= position, 0.0, float("-inf"))
-    bias = bias.expand(rows, -1)
+    bias = _mask_bias(torch.arange(stacked.shape[0] + 1, device=x.device) <= position).expand(rows, -1)
     for i, layer in enumerate(stack.layers):
         x = layer_step(x, layer, keys[i], values[i], slot, cos, sin, bias, shape, ops)
     x = rms_norm_ref(x, stack.norm, shape.eps)

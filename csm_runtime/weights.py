@@ -60,6 +60,7 @@ class Packed(NamedTuple):
 
 
 _ATTENTION = ("q", "k", "v", "o")
+_LINEARS = (*_ATTENTION, "gate", "up", "down")
 
 
 def _named_sources(weights: ModelWeights) -> dict[str, tuple[str, Tensor]]:
@@ -68,10 +69,9 @@ def _named_sources(weights: ModelWeights) -> dict[str, tuple[str, Tensor]]:
     stacks: tuple[tuple[str, list[LayerWeights]], ...] = (("backbone", weights.backbone), ("depth", weights.depth))
     for stack, layers in stacks:
         for i, layer in enumerate(layers):
-            for name, value in zip(layer._fields, layer):
-                if isinstance(value, LinearWeights):
-                    zone = f"{stack}.{'attention' if name in _ATTENTION else 'mlp'}"
-                    out[f"{stack}.{i}.{name}"] = (zone, value.weight)
+            for name in _LINEARS:
+                zone = f"{stack}.{'attention' if name in _ATTENTION else 'mlp'}"
+                out[f"{stack}.{i}.{name}"] = (zone, getattr(layer, name).weight)
     out["backbone.head"] = ("backbone.head", weights.backbone_head.weight)
     out["depth.projection"] = ("depth.projection", weights.depth_projection.weight)
     out["depth.head"] = ("depth.head", weights.depth_heads)
@@ -85,10 +85,14 @@ def _fingerprint(source: Tensor) -> Tensor:
     merges use, does not move it. Being position dependent it also sees swapped rows and columns.
     """
     rows = source.detach().reshape(-1, source.shape[-1])
-    probe = torch.linspace(-1.0, 1.0, rows.shape[-1], device=rows.device) + 0.37
+    probe = torch.linspace(0.5, 1.5, rows.shape[-1], dtype=torch.float32, device=rows.device)
     step = max(1, (1 << 24) // rows.shape[-1])
     sums = [(rows[i : i + step].float() @ probe).view(torch.int32) for i in range(0, rows.shape[0], step)]
     return torch.cat(sums)
+
+
+def _same(old: Tensor | None, new: Tensor) -> bool:
+    return old is not None and old.device == new.device and torch.equal(old, new)
 
 
 @dataclass
@@ -128,17 +132,12 @@ class PackedWeights:
         def linear(name: str, live: LinearWeights) -> Linear:
             return Linear(bound[name], live.bias)
 
+        def layer(prefix: str, live: LayerWeights) -> Layer:
+            parts = {name: linear(f"{prefix}.{name}", getattr(live, name)) for name in _LINEARS}
+            return Layer(input_norm=live.input_norm, post_norm=live.post_norm, **parts)
+
         def stack(prefix: str, layers: list[LayerWeights], norm: Tensor) -> Stack:
-            packed = [
-                Layer(
-                    *(
-                        linear(f"{prefix}.{i}.{name}", value) if isinstance(value, LinearWeights) else value
-                        for name, value in zip(live._fields, live)
-                    )
-                )
-                for i, live in enumerate(layers)
-            ]
-            return Stack(packed, norm)
+            return Stack([layer(f"{prefix}.{i}", live) for i, live in enumerate(layers)], norm)
 
         return (
             Packed(
@@ -161,9 +160,8 @@ class PackedWeights:
         if old is not None and (source.is_meta or old.fingerprint is None):
             return old.packed
         mark = _fingerprint(source)
-        if old is not None and old.fingerprint is not None and old.fingerprint.device == mark.device:
-            if torch.equal(old.fingerprint, mark):
-                return old.packed
+        if old is not None and _same(old.fingerprint, mark):
+            return old.packed
         if old is not None:
             stale.append(name)
         matrix = source.transpose(-1, -2) if transposed else source
@@ -172,9 +170,10 @@ class PackedWeights:
         return packed
 
     def release_sources(self) -> None:
-        """Stop comparing copies with their originals, which are about to be dropped."""
+        """Stop comparing int8 copies with their originals, which have been dropped."""
         for copy in self._copies.values():
-            copy.fingerprint = None
+            if isinstance(copy.packed, QuantWeight):
+                copy.fingerprint = None
 
     def copied_bytes(self) -> int:
         """Bytes held by packed copies, over and above the stock model."""
@@ -184,6 +183,14 @@ class PackedWeights:
         """The packed copy of one matrix, None where the stock tensor is read as it is."""
         copy = self._copies.get(name)
         return None if copy is None else copy.packed
+
+
+def matrices(packed: Packed) -> list[Tensor]:
+    """Every tensor of the matrices a frame reads whole."""
+    weights = [packed.backbone_head.weight, packed.depth_projection.weight, packed.depth_heads]
+    for stack in (packed.backbone, packed.depth):
+        weights += [value.weight for layer in stack.layers for value in layer if isinstance(value, Linear)]
+    return [weight.data if isinstance(weight, QuantWeight) else weight for weight in weights]
 
 
 def storage_bytes(weight: Tensor | QuantWeight) -> int:

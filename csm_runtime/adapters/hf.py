@@ -50,7 +50,6 @@ def _modules() -> Any:
     return modeling_csm
 
 
-
 def read_spec(model: Any) -> ModelSpec:
     """The model's shape.
 
@@ -85,8 +84,6 @@ def read_spec(model: Any) -> ModelSpec:
             f"config.depth_decoder_config.backbone_hidden_size is {depth.backbone_hidden_size}, config.hidden_size is "
             f"{config.hidden_size}; they must be equal"
         )
-    if not isinstance(config.codebook_eos_token_id, int):
-        raise ValueError(f"config.codebook_eos_token_id must be one int, got {config.codebook_eos_token_id!r}")
     if read_dtype(model) not in _DTYPES:
         raise ValueError(f"model dtype is {read_dtype(model)}; supported: {_DTYPES}")
     return ModelSpec(
@@ -95,8 +92,6 @@ def read_spec(model: Any) -> ModelSpec:
         codebooks=config.num_codebooks,
         vocab=config.vocab_size,
         depth_vocab=depth.vocab_size,
-        pad_token=config.codebook_pad_token_id,
-        eos_token=config.codebook_eos_token_id,
     )
 
 
@@ -128,10 +123,10 @@ def live_weights(model: Any) -> ModelWeights:
     def layers(stack: Any) -> list[LayerWeights]:
         return [
             LayerWeights(
-                layer.input_layernorm.weight.detach(),
-                *(linear(getattr(layer.self_attn, f"{name}_proj")) for name in "qkvo"),
-                layer.post_attention_layernorm.weight.detach(),
-                *(linear(getattr(layer.mlp, f"{name}_proj")) for name in ("gate", "up", "down")),
+                input_norm=layer.input_layernorm.weight.detach(),
+                post_norm=layer.post_attention_layernorm.weight.detach(),
+                **{name: linear(getattr(layer.self_attn, f"{name}_proj")) for name in "qkvo"},
+                **{name: linear(getattr(layer.mlp, f"{name}_proj")) for name in ("gate", "up", "down")},
             )
             for layer in stack.layers[: stack.config.num_hidden_layers]
         ]
@@ -155,7 +150,9 @@ def rotary_tables(model: Any, positions: int) -> tuple[RotaryTables, RotaryTable
     def table(module: Any, count: int) -> RotaryTables:
         device = module.inv_freq.device
         with torch.no_grad():
-            cos, sin = module(torch.zeros(1, device=device), torch.arange(count, device=device)[None])
+            cos, sin = module(
+                torch.zeros(1, device=device, dtype=torch.float32), torch.arange(count, device=device)[None]
+            )
         return RotaryTables(cos[0].contiguous(), sin[0].contiguous())
 
     return (
@@ -167,23 +164,26 @@ def rotary_tables(model: Any, positions: int) -> tuple[RotaryTables, RotaryTable
 class _PackedForward:
     """A stock module's forward from an int8 copy, for a module whose own weight is gone."""
 
-    def __init__(self, module: nn.Module, packed: QuantWeight, dtype: torch.dtype) -> None:
-        self._module, self._packed, self._dtype = module, packed, dtype
+    def __init__(self, packed: QuantWeight, bias: Tensor | None) -> None:
+        self._packed, self._bias = packed, bias
 
     def __call__(self, hidden: Tensor, codebook_indices: Tensor | None = None) -> Tensor:
         if codebook_indices is None:
-            return nn.functional.linear(hidden, dequantize(self._packed).to(self._dtype), self._module.bias)
+            return nn.functional.linear(hidden, dequantize(self._packed).to(hidden.dtype), self._bias)
         heads = codebook_indices - 1
-        matrix = dequantize(QuantWeight(self._packed.data[heads], self._packed.scale[heads])).to(self._dtype)
+        matrix = dequantize(QuantWeight(self._packed.data[heads], self._packed.scale[heads])).to(hidden.dtype)
         return torch.stack([nn.functional.linear(hidden[:, i], matrix[i]) for i in range(len(heads))], dim=1)
 
 
-def drop_originals(model: Any, copy_of: Callable[[str], Tensor | QuantWeight | None]) -> None:
+def drop_originals(model: Any, copy_of: Callable[[str], Tensor | QuantWeight | None]) -> int:
     """Free every matrix that has an int8 copy; its module computes from the copy, widened for the moment of use.
 
     Args:
         model: the model.
         copy_of: a matrix's packed copy by the name :class:`~csm_runtime.weights.PackedWeights` gives it.
+
+    Returns:
+        How many matrices were freed.
     """
     depth = model.depth_decoder
     modules: dict[str, nn.Module] = {"depth.projection": depth.model.inputs_embeds_projector}
@@ -192,13 +192,18 @@ def drop_originals(model: Any, copy_of: Callable[[str], Tensor | QuantWeight | N
     for name, stack in (("backbone", model.backbone_model), ("depth", depth.model)):
         for i, layer in enumerate(stack.layers):
             modules.update({f"{name}.{i}.{part}": getattr(layer.self_attn, f"{part}_proj") for part in "qkvo"})
-            modules.update({f"{name}.{i}.{part}": getattr(layer.mlp, f"{part}_proj") for part in ("gate", "up", "down")})
+            modules.update(
+                {f"{name}.{i}.{part}": getattr(layer.mlp, f"{part}_proj") for part in ("gate", "up", "down")}
+            )
+    freed = 0
     for name, module in modules.items():
         packed = copy_of(name)
         if isinstance(packed, QuantWeight):
-            weight = module.weight
-            module.weight = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
-            module.__dict__["forward"] = _PackedForward(module, packed, weight.dtype)
+            weight, bias = module.get_parameter("weight"), getattr(module, "bias", None)
+            module.register_parameter("weight", nn.Parameter(torch.empty_like(weight, device="meta"), False))
+            module.__dict__["forward"] = _PackedForward(packed, bias if isinstance(bias, Tensor) else None)
+            freed += 1
+    return freed
 
 
 def modification(model: Any) -> str | None:
@@ -207,6 +212,8 @@ def modification(model: Any) -> str | None:
     Unmerged LoRA layers, quantised linears, parametrizations, hooks and replaced methods are all of that kind.
     """
     stock = _modules()
+    if not getattr(model.__dict__.get("generate"), "is_accelerated", "generate" not in model.__dict__):
+        return "generate() is overridden"
     for name in _OVERRIDABLE:
         if name in model.__dict__ or getattr(type(model), name) is not getattr(stock.CsmForConditionalGeneration, name):
             return f"{name}() is overridden"
@@ -225,14 +232,21 @@ def modification(model: Any) -> str | None:
         stock.CsmDepthDecoderForCausalLM,
         stock.CsmCodebooksHead,
     )
+    devices = set()
     for root in ("lm_head", "embed_text_tokens", "backbone_model", "depth_decoder"):
         for name, module in model.get_submodule(root).named_modules(prefix=root):
-            if type(module) not in known and not name.endswith(".act_fn"):
+            dropped = isinstance(module.__dict__.get("forward"), _PackedForward)
+            if type(module) not in known and type(module).__name__ not in ("SiLU", "SiLUActivation"):
                 return f"{name} is a {type(module).__name__}"
             if _foreign_hooks(module):
                 return f"{name} has forward hooks"
-            if not isinstance(module.__dict__.get("forward"), (_PackedForward, type(None))):
+            if "forward" in module.__dict__ and not dropped:
                 return f"{name}.forward is overridden"
+            devices |= {weight.device for weight in module.parameters(recurse=False) if not dropped}
+    if len(devices) > 1:
+        return f"its weights are spread over {', '.join(sorted(map(str, devices)))}"
+    if next(iter(devices)).type == "meta":
+        return "its weights are on the meta device: load them first"
     return "the model has forward hooks" if _foreign_hooks(model) else None
 
 

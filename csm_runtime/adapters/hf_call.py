@@ -7,18 +7,15 @@ loop itself is replaced, through its ``custom_generate`` hook.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from csm_runtime.adapters.spec import ModelSpec
-
 PREFILL_CHUNK = 512
 """Prompt positions per stock forward pass: bounds the attention mask and activations of a long prompt."""
-
 
 
 @dataclass(frozen=True)
@@ -49,9 +46,14 @@ def _sampling_of(config: Any, processors: Any, whose: str) -> Sampling:
     reached = 0
     for processor in processors:
         kind = type(processor)
-        if kind not in order or order.index(kind) < reached or getattr(processor, "filter_value", None) not in (
-            None,
-            float("-inf"),
+        if (
+            kind not in order
+            or order.index(kind) < reached
+            or getattr(processor, "filter_value", None)
+            not in (
+                None,
+                float("-inf"),
+            )
         ):
             raise Unsupported(f"{whose} uses {kind.__name__}")
         reached = order.index(kind) + 1
@@ -104,6 +106,10 @@ class Request:
     backbone: Sampling
     depth: Sampling
     max_frames: int
+    eos_token: Any
+    """``config.codebook_eos_token_id`` as it is at this call."""
+    pad_token: int
+    """What the frames of a finished row hold, where ``pads_finished_rows``."""
     pads_finished_rows: bool
     return_dict: bool
     prompt: dict[str, Any]
@@ -147,13 +153,15 @@ def read_request(
     if not model_kwargs.get("use_cache"):
         raise Unsupported("use_cache=False")
     cache = model_kwargs.get("past_key_values")
-    if type(cache) not in (DynamicCache, StaticCache) or getattr(cache, "offloading", False):
+    if cache is None or type(cache) not in (DynamicCache, StaticCache) or getattr(cache, "offloading", False):
         raise Unsupported(f"a {type(cache).__name__} as past_key_values")
     if cache.get_seq_length() != 0:
         raise Unsupported("past_key_values that already hold a prompt")
     if getattr(cache, "_is_user_defined", False):
         raise Unsupported("a cache object of the caller's own")
     sampling = backbone_sampling(config, processors)
+    if not isinstance(model.config.codebook_eos_token_id, int):
+        raise Unsupported("a codebook_eos_token_id that is not one integer")
     tokens = input_ids.shape[1]
     limits = [criterion.max_length for criterion in criteria]
     if not limits:
@@ -169,6 +177,8 @@ def read_request(
         backbone=sampling,
         depth=depth_sampling(model),
         max_frames=max(1, min(limits) - tokens),
+        eos_token=model.config.codebook_eos_token_id,
+        pad_token=model.config.codebook_pad_token_id,
         pads_finished_rows=config._eos_token_tensor is not None,
         return_dict=bool(config.return_dict_in_generate),
         prompt={k: model_kwargs.get(k) for k in ("input_values", "input_values_cutoffs")},
@@ -176,7 +186,6 @@ def read_request(
         positions=positions,
         output_cache=cache,
     )
-
 
 
 @dataclass
@@ -221,9 +230,9 @@ def fill_cache(cache: Any, layers: Iterable[tuple[Tensor, Tensor]]) -> None:
         cache.update(keys, values, index)
 
 
-def is_end(codes: Tensor, spec: ModelSpec) -> Tensor:
+def is_end(codes: Tensor, request: Request) -> Tensor:
     """The stock end-of-speech rule, ``[N]`` bool from ``[N, codebooks]``: all codebooks but the last are the EOS id."""
-    return (codes[:, :-1] == spec.eos_token).all(-1)
+    return (codes[:, :-1] == request.eos_token).all(-1)
 
 
 def output(request: Request, sequences: Tensor) -> Any:
@@ -237,20 +246,30 @@ def output(request: Request, sequences: Tensor) -> Any:
     return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=request.output_cache)
 
 
+class _Remaining:
+    """The caller's streamer for the rest of an utterance: the prompt was put already, and ended rows get pads."""
+
+    def __init__(self, streamer: Any, first_frame: Callable[[Tensor], Tensor]) -> None:
+        self._streamer, self._fix = streamer, first_frame
+
+    def put(self, value: Tensor) -> None:
+        self._streamer.put(self._fix(value))
+        self._fix = lambda later: later
+
+    def end(self) -> None:
+        self._streamer.end()
+
+
 def continue_on_stock(
-    model: Any,
-    request: Request,
-    made: Tensor,
-    processors: Any,
-    config: Any,
-    streamer: Any,
+    model: Any, request: Request, made: Tensor, ended: Tensor, processors: Any, config: Any, streamer: Any
 ) -> Tensor:
     """Let the stock loop finish an utterance whose first frames exist.
 
     Args:
         model: the stock model.
         request: the call.
-        made: ``[N, n, codebooks]`` frames already made, n >= 0.
+        made: ``[N, n, codebooks]`` frames already made, n >= 0, fewer than the call asks for.
+        ended: ``[N]`` bool, rows whose speech has ended; not all of them.
         processors: the stock loop's logits processors.
         config: the prepared generation config.
         streamer: gets the remaining frames, or None.
@@ -258,7 +277,6 @@ def continue_on_stock(
     Returns:
         ``[N, frames, codebooks]``, ``made`` included.
     """
-    from transformers.cache_utils import DynamicCache
     from transformers.generation.stopping_criteria import MaxLengthCriteria, StoppingCriteriaList
 
     n = made.shape[1]
@@ -272,18 +290,27 @@ def continue_on_stock(
     config = copy.copy(config)
     config.return_dict_in_generate = False
     config.prefill_chunk_size = None
+
+    def pad_ended(frame: Tensor) -> Tensor:
+        # The stock loop learns which rows have ended only after its first frame.
+        if not request.pads_finished_rows:
+            return frame
+        return torch.where(ended.to(frame.device)[:, None], request.pad_token, frame)
+
+    criteria = StoppingCriteriaList([MaxLengthCriteria(max_length=request.max_frames - n), lambda ids, scores: ended])
     rest = type(model)._sample(
         model,
         torch.zeros(x.shape[0], 0, dtype=torch.long, device=x.device),
         logits_processor=processors,
-        stopping_criteria=StoppingCriteriaList([MaxLengthCriteria(max_length=request.max_frames - n)]),
+        stopping_criteria=criteria,
         generation_config=config,
-        streamer=streamer,
+        streamer=None if streamer is None else _Remaining(streamer, pad_ended),
         inputs_embeds=x,
         attention_mask=mask,
         position_ids=positions,
-        past_key_values=DynamicCache(config=model.config),
+        past_key_values=request.output_cache,
         use_cache=True,
         logits_to_keep=1,
     )
+    rest[:, 0] = pad_ended(rest[:, 0])
     return torch.cat([made, rest], dim=1)

@@ -13,23 +13,24 @@ from torch import Tensor
 from csm_runtime.adapters.spec import ModelSpec
 
 
-
-def check_arguments(model: Any, spec: ModelSpec, arguments: dict[str, Any], capacity: int, capacity_is_users: bool) -> None:
+def check_arguments(model: Any, spec: ModelSpec, arguments: dict[str, Any]) -> None:
     """Refuse bad input before anything of the model or its generation configs is touched.
 
     Args:
         model: the model.
         spec: its shape.
         arguments: what ``generate`` was called with, by name.
-        capacity: positions of the KV buffer.
-        capacity_is_users: the caller chose it, so exceeding it is an error and not a matter for the stock path.
 
     Raises:
         ValueError: names the argument, what came and what was wanted.
     """
     _check_sampling(model, arguments)
     ids = arguments.get("input_ids")
-    if not isinstance(ids, Tensor):
+    for name in ("input_ids", "attention_mask", "input_values", "input_values_cutoffs"):
+        value = arguments.get(name)
+        if value is not None and not isinstance(value, Tensor):
+            raise ValueError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if ids is None:
         return
     if ids.ndim not in (2, 3):
         raise ValueError(f"input_ids must have 2 dimensions (text) or 3 (codes), got shape {tuple(ids.shape)}")
@@ -38,7 +39,9 @@ def check_arguments(model: Any, spec: ModelSpec, arguments: dict[str, Any], capa
     if ids.dtype.is_floating_point or ids.dtype == torch.bool:
         raise ValueError(f"input_ids must hold integer token ids, got {ids.dtype}")
     if ids.ndim == 3 and ids.shape[2] != spec.codebooks:
-        raise ValueError(f"input_ids has {ids.shape[2]} codebooks in its last dimension, the model has {spec.codebooks}")
+        raise ValueError(
+            f"input_ids has {ids.shape[2]} codebooks in its last dimension, the model has {spec.codebooks}"
+        )
     limit, what = (spec.vocab, "codes") if ids.ndim == 3 else (model.config.text_vocab_size, "text token ids")
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= limit:
@@ -51,42 +54,21 @@ def check_arguments(model: Any, spec: ModelSpec, arguments: dict[str, Any], capa
         )
     _check_mask(arguments.get("attention_mask"), ids)
     _check_audio(model, ids, arguments)
-    if capacity_is_users:
-        frames = _requested_frames(model, arguments, tokens)
-        if tokens + frames - 1 > capacity:
-            raise ValueError(
-                f"max_positions={capacity} is too small for a prompt of {tokens} positions and {frames} frames, which "
-                f"need {tokens + frames - 1}; pass a larger max_positions to accelerate() or a smaller max_new_tokens"
-            )
-
-
-def _requested_frames(model: Any, arguments: dict[str, Any], tokens: int) -> int:
-    """Frames the call may make at most, as the stock generate reads its arguments."""
-    for source in (arguments, _public(arguments.get("generation_config")), _public(model.generation_config)):
-        if source.get("max_new_tokens") is not None:
-            return int(source["max_new_tokens"])
-        if source.get("max_length") is not None:
-            return max(1, int(source["max_length"]) - tokens)
-    return 20
-
-
-def _public(config: Any) -> dict[str, Any]:
-    return {} if config is None else vars(config)
 
 
 def _check_sampling(model: Any, arguments: dict[str, Any]) -> None:
-    sources = {"": arguments.get("generation_config") or model.generation_config, "depth_decoder_": model.depth_decoder.generation_config}
-    for prefix, config in sources.items():
-
-        def value(name: str) -> Any:
-            given = arguments.get(prefix + name)
-            return getattr(config, name, None) if given is None else given
-
-        if not value("do_sample"):
+    backbone = arguments.get("generation_config") or model.generation_config
+    for prefix, config in (("", backbone), ("depth_decoder_", model.depth_decoder.generation_config)):
+        names = ("do_sample", "temperature", "top_k", "top_p")
+        given = [arguments.get(prefix + name) for name in names]
+        values = [getattr(config, name, None) if value is None else value for name, value in zip(names, given)]
+        do_sample, temperature, top_k, top_p = values
+        if not do_sample:
             continue
-        temperature, top_k, top_p = value("temperature"), value("top_k"), value("top_p")
         if temperature is not None and not (isinstance(temperature, (int, float)) and temperature > 0):
-            raise ValueError(f"{prefix}temperature must be a number above 0, got {temperature!r}; for greedy pass {prefix}do_sample=False")
+            raise ValueError(
+                f"{prefix}temperature must be a number above 0, got {temperature!r}; for greedy pass {prefix}do_sample=False"
+            )
         if top_k is not None and not (isinstance(top_k, int) and top_k >= 0):
             raise ValueError(f"{prefix}top_k must be an integer of at least 0 (0 switches it off), got {top_k!r}")
         if top_p is not None and not (isinstance(top_p, (int, float)) and 0.0 <= top_p <= 1.0):
@@ -94,7 +76,7 @@ def _check_sampling(model: Any, arguments: dict[str, Any]) -> None:
 
 
 def _check_mask(mask: Any, ids: Tensor) -> None:
-    if not isinstance(mask, Tensor):
+    if mask is None:
         return
     if mask.shape != ids.shape[:2]:
         raise ValueError(f"attention_mask has shape {tuple(mask.shape)}, input_ids needs {tuple(ids.shape[:2])}")
@@ -116,12 +98,14 @@ def _check_audio(model: Any, ids: Tensor, arguments: dict[str, Any]) -> None:
         raise ValueError(f"input_values must be [{ids.shape[0]}, channels, samples], got shape {tuple(audio.shape)}")
     if cutoffs.ndim != 2 or cutoffs.shape[0] != ids.shape[0]:
         raise ValueError(f"input_values_cutoffs must be [{ids.shape[0]}, segments], got shape {tuple(cutoffs.shape)}")
-    for row, (ends, tokens) in enumerate(zip(cutoffs.tolist(), ids)):
-        ends = [end for end in ends if end >= 0]
+    for row, (padded, tokens) in enumerate(zip(cutoffs.tolist(), ids)):
+        ends = [end for end in padded if end >= 0]
         if any(b <= a for a, b in zip([0, *ends], ends)):
             raise ValueError(f"input_values_cutoffs of row {row} must be positive and increasing, got {ends}")
         if ends and ends[-1] > audio.shape[-1]:
-            raise ValueError(f"input_values_cutoffs of row {row} ends at sample {ends[-1]}, input_values has {audio.shape[-1]}")
+            raise ValueError(
+                f"input_values_cutoffs of row {row} ends at sample {ends[-1]}, input_values has {audio.shape[-1]}"
+            )
         lengths = torch.tensor([b - a for a, b in zip([0, *ends], ends)], dtype=torch.long)
         frames = int(model.codec_model.get_encoded_length(lengths).sum()) if ends else 0
         slots = int((tokens == model.config.audio_token_id).sum())

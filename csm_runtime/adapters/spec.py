@@ -30,7 +30,7 @@ class StackSpec:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Shape of a CSM and the token ids that mean something."""
+    """Shape of a CSM."""
 
     backbone: StackSpec
     depth: StackSpec
@@ -39,10 +39,6 @@ class ModelSpec:
     """Tokens per codebook of the backbone's audio embedding and codebook-0 head."""
     depth_vocab: int
     """Tokens per codebook of the depth decoder's embedding and heads."""
-    pad_token: int
-    """What a finished row's frames are filled with."""
-    eos_token: int
-    """End of speech: every codebook but the last equals it."""
 
     def step_parameters(self) -> dict[str, int]:
         """Weights read once per frame at batch 1, by part, in elements."""

@@ -1,0 +1,222 @@
+"""The command ``csm-accelerate``: demo, generate, bench, doctor.
+
+Exit codes: 0 done, 1 something failed, 2 bad input, 130 interrupted. Errors are one line on stderr; ``--debug`` shows
+the traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import runpy
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from csm_runtime import __version__, checkpoints, speech
+from csm_runtime.accelerate import accelerate
+from csm_runtime.compiling import Progress
+from csm_runtime.demo import DemoOptions, FrameClock, run_demo, sampling
+from csm_runtime.doctor import diagnose
+from csm_runtime.extras import need
+from csm_runtime.precision import PRESETS
+
+OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the arguments default to the process's own. Returns the exit code."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and args.command != "bench":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.rest = rest
+    run: Callable[[argparse.Namespace], int] = args.run
+    try:
+        return run(args)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except (ValueError, OSError, ImportError) as error:
+        return _report(args, error, BAD_INPUT)
+    except Exception as error:
+        return _report(args, error, FAILED)
+
+
+def _report(args: argparse.Namespace, error: Exception, code: int) -> int:
+    """One line about an error, or its traceback."""
+    if args.debug:
+        raise error
+    text = " ".join(str(error).split()) or type(error).__name__
+    kind = "error" if code == BAD_INPUT else f"failed, {type(error).__name__}"
+    print(f"csm-accelerate: {kind}: {text}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="csm-accelerate", description="Faster speech from Sesame's CSM.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_demo(commands)
+    _add_generate(commands)
+    bench = commands.add_parser(
+        "bench", help="run bench/e2e.py of a checkout; all options are passed on", add_help=False
+    )
+    bench.set_defaults(run=_bench, debug=False)
+    doctor = commands.add_parser("doctor", help="what this machine has, what will be used, what is missing")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.set_defaults(run=_doctor)
+    doctor.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+def _common(parser: argparse.ArgumentParser) -> None:
+    """Options of every command that loads a model."""
+    parser.add_argument(
+        "--model",
+        default=checkpoints.SMALL,
+        help="'small' (built in, untrained), a folder, or a hub id (default: small)",
+    )
+    parser.add_argument("--speaker", type=int, default=0, help="speaker of the sentence (default: 0)")
+    parser.add_argument("--precision", choices=tuple(PRESETS), default="stock", help="format of the weights")
+    parser.add_argument("--dtype", choices=tuple(checkpoints.DTYPES), default="auto", help="default: as saved")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling, and of the small model's weights")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+
+
+def _add_demo(commands: Any) -> None:
+    default = DemoOptions()
+    parser = commands.add_parser("demo", help="stock against accelerated: a table, a WAV, a JSON and a plot")
+    _common(parser)
+    parser.add_argument("--text", default=default.text, help="the sentence to say")
+    parser.add_argument(
+        "--speech",
+        metavar="DIR",
+        help=f"folder of recordings with {speech.TRANSCRIPTS}, the first is the reference "
+        f"(default: {speech.DEFAULT_SPEECH} if it exists, otherwise the packaged recording)",
+    )
+    parser.add_argument("--reference", metavar="WAV", help="a recording to use as the reference instead")
+    parser.add_argument("--transcript", metavar="TEXT", help="what is said in --reference")
+    parser.add_argument(
+        "--frames", type=int, default=default.frames, help="frames of 80 ms to make at most (default: 50)"
+    )
+    parser.add_argument("--repeats", type=int, default=default.repeats, help="measured runs of each side (default: 3)")
+    parser.add_argument("--sample", action="store_true", help="sample instead of greedy; tokens are not compared then")
+    parser.add_argument(
+        "--out", metavar="DIR", default=default.out, help=f"folder for the files (default: {default.out})"
+    )
+    parser.set_defaults(run=_demo)
+
+
+def _add_generate(commands: Any) -> None:
+    parser = commands.add_parser("generate", help="text, optionally with spoken context, to a WAV")
+    _common(parser)
+    parser.add_argument("--text", required=True, help="the sentence to say")
+    parser.add_argument(
+        "--context",
+        metavar="[SPEAKER:]WAV=TRANSCRIPT",
+        action="append",
+        default=[],
+        help="a recording that came before and what is said in it, by --speaker unless a number is given; repeatable",
+    )
+    parser.add_argument("--out", metavar="WAV", default="out.wav", help="the file to write (default: out.wav)")
+    parser.add_argument(
+        "--max-frames", type=int, default=125, help="frames of 80 ms to make at most (default: 125, 10 s)"
+    )
+    parser.add_argument("--temperature", type=float, default=0.9, help="of both decoders (default: 0.9)")
+    parser.add_argument("--top-k", type=int, default=50, help="of both decoders, 0 for all tokens (default: 50)")
+    parser.add_argument("--greedy", action="store_true", help="take the likeliest token instead of sampling")
+    parser.set_defaults(run=_generate)
+
+
+def _demo(args: argparse.Namespace) -> int:
+    names = DemoOptions.__dataclass_fields__.keys() - {"progress"}
+    run_demo(DemoOptions(**{name: getattr(args, name) for name in names}, progress=not args.quiet))
+    return OK
+
+
+def _generate(args: argparse.Namespace) -> int:
+    if not args.text.strip():
+        raise ValueError("--text is empty; give a sentence to say")
+    if args.max_frames < 1:
+        raise ValueError(f"--max-frames must be at least 1, got {args.max_frames}")
+    if args.speaker < 0:
+        raise ValueError(f"--speaker must be 0 or more, got {args.speaker}")
+    if not args.greedy and args.temperature <= 0:
+        raise ValueError(f"--temperature must be above 0, got {args.temperature}; --greedy takes the likeliest token")
+    if args.top_k < 0:
+        raise ValueError(f"--top-k must be 0 or more, got {args.top_k}")
+    need("soundfile")
+    turns = [parse_context(value, args.speaker) for value in args.context]
+    turns.append(speech.Turn(args.speaker, args.text))
+    model, processor = checkpoints.load(args.model, dtype=args.dtype, device=args.device, seed=args.seed)
+    inputs = checkpoints.prepare_inputs(model, processor, speech.conversation(turns))
+    model = accelerate(model, precision=args.precision, progress=not args.quiet)
+    bar = Progress(args.max_frames, "generating", not args.quiet)
+    start = time.perf_counter()
+    try:
+        audio = model.generate(
+            **inputs,
+            **sampling(not args.greedy, args.temperature, args.top_k),
+            seed=args.seed,
+            max_new_tokens=args.max_frames,
+            streamer=FrameClock(lambda: bar.advance("")),
+            output_audio=True,
+        )[0]
+    finally:
+        bar.close()
+    seconds, spoken = time.perf_counter() - start, len(audio) / speech.SAMPLING_RATE
+    speech.write_wav(args.out, audio)
+    print(f"wrote {args.out}: {spoken:.2f} s of audio in {seconds:.2f} s of computing")
+    for note in [*model.acceleration.notes, *model.acceleration.metrics.stock_reasons]:
+        print(f"note: {note}", file=sys.stderr)
+    return OK
+
+
+def parse_context(value: str, speaker: int) -> speech.Turn:
+    """Read ``[SPEAKER:]WAV=TRANSCRIPT``.
+
+    Raises:
+        ValueError: another form, or not a sound file.
+        FileNotFoundError: no such file.
+    """
+    match = re.fullmatch(r"(?:(\d+):)?([^=]+)=(.*\S.*)", value, flags=re.DOTALL)
+    if match is None:
+        raise ValueError(f"--context must be [SPEAKER:]WAV=TRANSCRIPT, got {value!r}")
+    who, path, transcript = match.groups()
+    return speech.Turn(speaker if who is None else int(who), transcript.strip(), speech.read_wav(path))
+
+
+def _bench(args: argparse.Namespace) -> int:
+    root = Path(__file__).resolve().parent.parent
+    script = root / "bench" / "e2e.py"
+    if not script.is_file():
+        raise FileNotFoundError(
+            f"the benchmark is not installed with the package: no {script}; run this in a git checkout"
+        )
+    before = sys.argv
+    sys.argv = [str(script), *args.rest]
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    except SystemExit as stop:
+        if stop.code is None or isinstance(stop.code, int):
+            return stop.code or OK
+        raise RuntimeError(str(stop.code)) from stop
+    finally:
+        sys.argv = before
+    return OK
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    found = diagnose()
+    print(json.dumps(found.to_dict(), indent=2) if args.json else found)
+    return OK if found.fast else FAILED
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

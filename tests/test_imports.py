@@ -1,0 +1,161 @@
+"""Importing is quick and quiet, and the layers of the package import only what they may."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import csm_kernels
+import csm_runtime
+
+KERNELS, RUNTIME = Path(csm_kernels.__file__).parent, Path(csm_runtime.__file__).parent
+HEAVY = ("transformers", "torchtune", "torchaudio", "tqdm", "matplotlib", "scipy", "soundfile", "rich")
+
+DECODE_OPS = {
+    "apply_rope_ref",
+    "attention_step_library",
+    "attention_step_ref",
+    "embed_frame_ref",
+    "gemv_library",
+    "gemv_ref",
+    "gemv_streamed",
+    "gumbel_noise_ref",
+    "rms_norm_ref",
+    "sample_ref",
+    "swiglu_ref",
+}
+
+
+def run(code: str) -> dict[str, object]:
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
+    return json.loads(out.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("package", ["csm_kernels", "csm_runtime"])
+def test_import_is_quick_and_starts_nothing(package: str) -> None:
+    got = run(
+        "import time, sys, json, torch, torch.nn, torch.utils._pytree\n"
+        "before = set(sys.modules)\n"
+        f"start = time.perf_counter(); import {package}; took = time.perf_counter() - start\n"
+        "new, cuda = sorted(set(sys.modules) - before), torch.cuda.is_initialized()\n"
+        "print(json.dumps({'took': took, 'cuda': cuda, 'new': new}))"
+    )
+    new = got["new"]
+    assert isinstance(new, list)
+    assert package in new
+    assert got["cuda"] is False
+    loaded = {name.partition(".")[0] for name in new}
+    assert not loaded & set(HEAVY)
+    assert not [name for name in new if name.startswith(("torch._dynamo", "torch._inductor"))]
+    if package == "csm_kernels":
+        assert "csm_runtime" not in loaded
+    assert float(str(got["took"])) < 1.0
+
+
+def test_importing_writes_nothing_and_says_nothing(tmp_path: Path) -> None:
+    code = "import csm_kernels, csm_runtime"
+    out = subprocess.run(
+        [sys.executable, "-W", "error::DeprecationWarning:csm_", "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+        timeout=300,
+    )
+    assert out.stdout == ""
+    assert out.stderr == ""
+    assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------ who imports whom
+
+
+def imports(path: Path, top_level_only: bool = False) -> set[str]:
+    """Modules and names a file imports, as dotted names; a relative import is resolved."""
+    tree = ast.parse(path.read_text())
+    nodes = list(ast.walk(tree))
+    if top_level_only:
+        inside = {id(n) for f in nodes if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef)) for n in ast.walk(f)}
+        nodes = [node for node in nodes if id(node) not in inside]
+    found: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
+    return found
+
+
+def roots(names: set[str]) -> set[str]:
+    return {name.partition(".")[0] for name in names}
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*.py"))
+
+
+def test_there_is_something_to_check() -> None:
+    assert len(files(KERNELS)) > 8
+    assert len(files(RUNTIME)) > 10
+
+
+@pytest.mark.parametrize("path", files(KERNELS), ids=lambda p: p.name)
+def test_kernels_import_torch_triton_and_the_standard_library(path: Path) -> None:
+    allowed = {"csm_kernels", "torch", "triton"} | set(sys.stdlib_module_names)
+    assert roots(imports(path)) <= allowed
+
+
+@pytest.mark.parametrize("path", files(RUNTIME), ids=lambda p: str(p.relative_to(RUNTIME)))
+def test_transformers_is_imported_inside_functions(path: Path) -> None:
+    assert not roots(imports(path, top_level_only=True)) & {"transformers", "torchtune"}
+
+
+def test_only_adapters_and_what_stands_on_accelerate_know_transformers() -> None:
+    on_top = {"checkpoints.py", "cli.py", "demo.py", "small_model.py"}
+    for path in files(RUNTIME):
+        if roots(imports(path)) & {"transformers", "torchtune"}:
+            assert path.parent.name == "adapters" or path.name in on_top, path
+
+
+@pytest.mark.parametrize("name", ["metrics.py", "report.py", "precision.py", "adapters/spec.py"])
+def test_leaves_import_nothing_of_ours(name: str) -> None:
+    assert not roots(imports(RUNTIME / name)) & {"csm_runtime", "csm_kernels"}
+
+
+def test_only_the_engine_calls_decode_ops() -> None:
+    for path in files(RUNTIME):
+        used = {name.rpartition(".")[2] for name in imports(path) if name.startswith("csm_kernels")} & DECODE_OPS
+        assert not used or path.name in ("engine.py", "steps.py"), (path.name, used)
+
+
+def test_decode_ops_are_all_listed_above() -> None:
+    public = {name for name in csm_kernels.__all__ if name.endswith(("_ref", "_library", "_streamed"))}
+    assert public == DECODE_OPS
+
+
+def test_only_accelerate_and_what_stands_on_it_import_the_engine_or_the_adapter() -> None:
+    allowed = {"accelerate.py", "cli.py", "demo.py"}
+    for path in files(RUNTIME):
+        if path.parent.name == "adapters" or path.name == "engine.py":
+            continue
+        taken = {n for n in imports(path) if n.startswith(("csm_runtime.engine", "csm_runtime.adapters.hf"))}
+        assert not taken or path.name in allowed, (path.name, taken)
+
+
+def test_public_names() -> None:
+    # the reference ops of csm_kernels are specifications; ops by style.md are what has a kernel
+    assert len([name for name in csm_runtime.__all__ if not name.startswith("_")]) <= 12
+    for package in (csm_kernels, csm_runtime):
+        assert all(hasattr(package, name) for name in package.__all__)
+    assert csm_kernels.__version__ == csm_runtime.__version__
+
+
+def test_typed() -> None:
+    assert (KERNELS / "py.typed").is_file()
+    assert (RUNTIME / "py.typed").is_file()
