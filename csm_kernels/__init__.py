@@ -11,7 +11,7 @@ from csm_kernels.gemv import gemv_library, gemv_ref, gemv_streamed
 from csm_kernels.norm import rms_norm_ref
 from csm_kernels.quant import QuantWeight, dequantize, quantize_int8
 from csm_kernels.rope import apply_rope_ref
-from csm_kernels.sampling import NoiseKey, SamplingParams, gumbel_noise_ref, sample_ref
+from csm_kernels.sampling import NoiseKey, SamplingParams, gumbel_noise_ref, sample_bisected, sample_ref
 from csm_kernels.swiglu import swiglu_ref
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "gumbel_noise_ref",
     "quantize_int8",
     "rms_norm_ref",
+    "sample_bisected",
     "sample_ref",
     "swiglu_ref",
 ]

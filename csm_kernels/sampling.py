@@ -115,3 +115,41 @@ def sample_ref(logits: Tensor, params: SamplingParams, noise: Tensor) -> Tensor:
     threshold = torch.maximum(k_threshold, p_threshold)
     drawn = torch.where(scores < threshold, float("-inf"), scores + noise).argmax(-1)
     return torch.where(params.do_sample, drawn, logits.argmax(-1))
+
+
+def sample_bisected(logits: Tensor, params: SamplingParams, noise: Tensor) -> Tensor:
+    """The same draw without a sort, written for ``torch.compile`` on a CPU. Arguments as :func:`sample_ref`.
+
+    Both thresholds are found digit by digit in an order-preserving integer key: 8 counting rounds for top-k and 8 summing
+    rounds for top-p over a row that stays in the L1 cache, where a sort of 2051 logits takes 0.27 ms, 8 ms a frame.
+    Rows without ``do_sample`` take the argmax. Ties with the last kept token stay, for top-p too.
+    """
+    scores = logits.float() / params.temperature[:, None]
+    bits = scores.view(torch.int32)
+    key = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    vocab = scores.shape[-1]
+    wanted = params.top_k.clamp(1, vocab).float()[:, None]
+    k_key = _largest_key(key, torch.ones_like(scores), wanted)
+    kept = key >= k_key
+    weight = torch.where(kept, torch.exp(scores - scores.amax(-1, keepdim=True)), 0.0)
+    mass = params.top_p[:, None] * weight.sum(-1, keepdim=True)
+    p_key = torch.where(params.top_p[:, None] < 1.0, _largest_key(key, weight, mass), k_key)
+    # A mass of 0 is reached by nothing at all: the top token always stays.
+    threshold = torch.minimum(torch.maximum(k_key, p_key), key.amax(-1, keepdim=True))
+    drawn = torch.where(key < threshold, float("-inf"), scores + noise).argmax(-1)
+    return torch.where(params.do_sample, drawn, logits.argmax(-1))
+
+
+def _largest_key(key: Tensor, weight: Tensor, wanted: Tensor) -> Tensor:
+    """The largest ``t`` for which the weights of all keys ``>= t`` sum to ``wanted`` at least; ``[B, 1]`` int32.
+
+    Four bits a round: 16 candidates are weighed at once, and as many of the lowest reach the sum as the digit says.
+    """
+    digits = torch.arange(16, dtype=torch.int32, device=key.device)
+    found = torch.full_like(key[:, :1], -(2**31))
+    for shift in range(28, -1, -4):
+        candidates = found + (digits << shift)
+        sums = torch.where(key[:, None, :] >= candidates[:, :, None], weight[:, None, :], 0.0).sum(-1)
+        reached = (sums >= wanted).sum(-1, keepdim=True)
+        found = found + ((reached - 1).clamp(min=0).to(torch.int32) << shift)
+    return found

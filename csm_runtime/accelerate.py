@@ -108,12 +108,12 @@ class Acceleration:
     def __init__(
         self, model: Any, policy: PrecisionPolicy, max_positions: int | None, mode: str, progress: bool
     ) -> None:
+        self._spec = hf.read_spec(model)
         changed = hf.modification(model)
         if changed is not None:
             raise ValueError(
                 f"model is not a plain CSM: {changed}. Merge adapters, remove hooks and undo quantisation first"
             )
-        self._spec = hf.read_spec(model)
         if max_positions is not None and not (isinstance(max_positions, int) and max_positions > 1):
             raise ValueError(f"max_positions must be an integer above 1, got {max_positions!r}")
         self._model = model

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from csm_kernels import NoiseKey, SamplingParams, rms_norm_ref
 from csm_runtime import compiling, graphs
@@ -103,10 +104,18 @@ class Engine:
         self._positions = [torch.tensor([p], device=device) for p in range(spec.codebooks)]
 
     def bind(self, packed: Packed) -> None:
-        """Use these weights from now on. A captured graph reads fixed addresses, so moved weights drop it."""
-        if self.packed is not None and _addresses(self.packed) != _addresses(packed):
-            for runner in self._runners.values():
-                runner.graphs = None
+        """Use these weights from now on.
+
+        A captured graph reads fixed addresses, so moved weights drop it; a compiled step has no guards, so weights of
+        another shape or layout drop the steps.
+        """
+        if self.packed is not None:
+            old, new = _leaves(self.packed), _leaves(packed)
+            if [_layout(t) for t in old] != [_layout(t) for t in new]:
+                self._runners.clear()
+            elif [t.data_ptr() for t in old] != [t.data_ptr() for t in new]:
+                for runner in self._runners.values():
+                    runner.graphs = None
         self.packed = packed
 
     def runner(self, rows: int) -> _Runner:
@@ -291,6 +300,9 @@ def _heads(stack: StackSpec) -> Heads:
     return Heads(stack.heads, stack.kv_heads, stack.head_dim, stack.eps)
 
 
-def _addresses(packed: Packed) -> tuple[int, ...]:
-    leaves = torch.utils._pytree.tree_leaves(packed)
-    return tuple(leaf.data_ptr() for leaf in leaves if isinstance(leaf, Tensor))
+def _leaves(packed: Packed) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(packed) if isinstance(leaf, Tensor)]
+
+
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device

@@ -45,12 +45,15 @@ class PrecisionPolicy:
             hit = [zone for zone in ZONES if fnmatchcase(zone, pattern)]
             if not hit:
                 raise ValueError(f"precision: zone pattern {pattern!r} matches no zone; zones are {ZONES}")
-            lowered = [zone for zone in hit if zone in SAFE_ZONES and fmt != "keep" and pattern != zone]
-            if lowered and self.format_of(lowered[0]) != "keep":
+            lowered = [zone for zone in hit if zone in SAFE_ZONES and fmt != "keep" and self._decider(zone) == pattern != zone]
+            if lowered:
                 raise ValueError(
                     f"precision: pattern {pattern!r} would lower the safe zone {lowered[0]!r} to {fmt}; name the zone "
                     f"itself to insist, or put ({lowered[0]!r}, 'keep') before it"
                 )
+
+    def _decider(self, zone: str) -> str | None:
+        return next((pattern for pattern, _ in self.rules if fnmatchcase(zone, pattern)), None)
 
     def format_of(self, zone: str) -> str:
         """The format of one zone."""

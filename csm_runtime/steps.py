@@ -1,7 +1,7 @@
 """The functions one frame is made of, written once for every execution: compiled, captured, or eager.
 
 Tensors and plain numbers in, tensors out; caches are written in place. Everything that changes from call to call is a
-tensor, so that none of it is a guard. ``Ops`` says which implementation of the two heavy ops to use.
+tensor, so that none of it is a guard. ``Ops`` says which implementation of the ops that matter to use.
 
 One frame, in order: :func:`codebook0_step` on the backbone's hidden state, then :func:`depth_step` for positions 0 to
 ``codebooks - 1``; then, for the next frame, :func:`embed_step`, :func:`layer_step` for each backbone layer and the
@@ -28,6 +28,7 @@ from csm_kernels import (
     gemv_streamed,
     gumbel_noise_ref,
     rms_norm_ref,
+    sample_bisected,
     sample_ref,
     swiglu_ref,
 )
@@ -35,15 +36,16 @@ from csm_runtime.weights import Layer, Linear, Stack
 
 
 class Ops(NamedTuple):
-    """The two ops that have an execution of their own per backend."""
+    """The ops that have an execution of their own per backend."""
 
     gemv: Callable[..., Tensor]
     attention: Callable[..., Tensor]
+    sample: Callable[..., Tensor]
 
 
-COMPILED_OPS = Ops(gemv_streamed, attention_step_ref)
+COMPILED_OPS = Ops(gemv_streamed, attention_step_ref, sample_bisected)
 """What Inductor turns into one loop per matrix on a CPU."""
-LIBRARY_OPS = Ops(gemv_library, attention_step_library)
+LIBRARY_OPS = Ops(gemv_library, attention_step_library, sample_ref)
 """What eager execution and CUDA graphs of stock ops use."""
 
 
@@ -131,7 +133,7 @@ def codebook0_step(hidden: Tensor, head: Linear, params: SamplingParams, key: No
     """Codebook 0 of every row, ``[B]`` int64, from the backbone's normalised hidden state ``[B, D]``."""
     logits = ops.gemv(hidden, head.weight, head.bias)
     codebook = torch.zeros(1, dtype=torch.int64, device=hidden.device)
-    return sample_ref(logits, params, gumbel_noise_ref(key, codebook, logits.shape[-1]))
+    return ops.sample(logits, params, gumbel_noise_ref(key, codebook, logits.shape[-1]))
 
 
 def depth_step(
@@ -195,5 +197,5 @@ def depth_step(
     else:
         matrix = heads[head][0]
     logits = ops.gemv(x, matrix)
-    drawn = sample_ref(logits, params, gumbel_noise_ref(key, position, vocab))
+    drawn = ops.sample(logits, params, gumbel_noise_ref(key, position, vocab))
     return torch.where(first, token, drawn), logits
