@@ -45,7 +45,9 @@ class PrecisionPolicy:
             hit = [zone for zone in ZONES if fnmatchcase(zone, pattern)]
             if not hit:
                 raise ValueError(f"precision: zone pattern {pattern!r} matches no zone; zones are {ZONES}")
-            lowered = [zone for zone in hit if zone in SAFE_ZONES and fmt != "keep" and self._decider(zone) == pattern != zone]
+            lowered = [
+                zone for zone in hit if zone in SAFE_ZONES and fmt != "keep" and self._decider(zone) == pattern != zone
+            ]
             if lowered:
                 raise ValueError(
                     f"precision: pattern {pattern!r} would lower the safe zone {lowered[0]!r} to {fmt}; name the zone "
