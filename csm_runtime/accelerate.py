@@ -61,6 +61,7 @@ def accelerate(
     Raises:
         TypeError: the model is not a CSM.
         ValueError: a config the engine does not implement, modified modules, or a bad argument. The model is untouched.
+        RuntimeError: the model's original weights were dropped by an earlier call.
 
     Example::
 
@@ -74,8 +75,8 @@ def accelerate(
         )
     previous = model.__dict__.get("acceleration")
     if isinstance(previous, Acceleration) and previous.originals_dropped:
-        raise ValueError(
-            "model was accelerated with drop_originals=True and has no weights left to pack; load it again"
+        raise RuntimeError(
+            "the original weights were dropped (drop_originals=True), nothing is left to pack; load it again"
         )
     handle = Acceleration(model, resolve_policy(precision), max_positions, mode, progress)
     handle.set_up(_buckets(batch_sizes))

@@ -84,6 +84,8 @@ def read_spec(model: Any) -> ModelSpec:
             f"config.depth_decoder_config.backbone_hidden_size is {depth.backbone_hidden_size}, config.hidden_size is "
             f"{config.hidden_size}; they must be equal"
         )
+    if not isinstance(config.codebook_eos_token_id, int):
+        raise ValueError(f"config.codebook_eos_token_id must be one integer, got {config.codebook_eos_token_id!r}")
     if read_dtype(model) not in _DTYPES:
         raise ValueError(f"model dtype is {read_dtype(model)}; supported: {_DTYPES}")
     return ModelSpec(
@@ -212,7 +214,13 @@ def modification(model: Any) -> str | None:
     Unmerged LoRA layers, quantised linears, parametrizations, hooks and replaced methods are all of that kind.
     """
     stock = _modules()
-    if not getattr(model.__dict__.get("generate"), "is_accelerated", "generate" not in model.__dict__):
+    own = model.__dict__.get("generate")
+    # Ours, or what a copy of an accelerated model has instead: the plain method of its class.
+    if (
+        own is not None
+        and not hasattr(own, "is_accelerated")
+        and getattr(own, "__func__", None) is not type(model).generate
+    ):
         return "generate() is overridden"
     for name in _OVERRIDABLE:
         if name in model.__dict__ or getattr(type(model), name) is not getattr(stock.CsmForConditionalGeneration, name):
