@@ -33,13 +33,16 @@ def quantize_int8(weight: Tensor) -> QuantWeight:
     """
     if not weight.is_floating_point():
         raise ValueError(f"weight must be floating point to be quantised, got {weight.dtype}")
-    rows = weight.float()
-    peak = rows.abs().amax(dim=-1)
+    if weight.ndim > 2:  # one matrix at a time: the fp32 scratch of a whole stack may be larger than the stack itself
+        parts = [quantize_int8(matrix) for matrix in weight]
+        return QuantWeight(torch.stack([part.data for part in parts]), torch.stack([part.scale for part in parts]))
+    rows = weight.to(torch.float32, copy=True)
+    peak = torch.maximum(rows.amax(dim=-1), -rows.amin(dim=-1))
     if not torch.isfinite(peak).all():
         raise ValueError("weight holds NaN or infinity; int8 cannot represent it: keep this zone in its own dtype")
-    scale = torch.where(peak > 0, peak / 127.0, torch.ones_like(peak))
-    data = torch.round(rows / scale[..., None]).clamp_(-127, 127).to(torch.int8)
-    return QuantWeight(data, scale)
+    scale = peak / 127.0
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    return QuantWeight(rows.div_(scale[..., None]).round_().to(torch.int8), scale)
 
 
 def dequantize(weight: Tensor | QuantWeight) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from csm_runtime import compiling, hugepages
 from csm_runtime.adapters import hf, hf_call, hf_checks
 from csm_runtime.engine import BUCKETS, Engine, bucket_for
+from csm_runtime.kv import State
 from csm_runtime.metrics import Metrics
 from csm_runtime.precision import PrecisionPolicy, resolve_policy
 from csm_runtime.report import Report
@@ -247,7 +248,8 @@ class Acceleration:
         if stale:
             self.metrics.count("weights.repacked", len(stale))
             logger.info("%d packed weights were stale and have been packed again", len(stale))
-        self._engine.bind(packed)
+        if self._engine.bind(packed):
+            self._warm.clear()
 
     def _warm_up(self, size: int) -> None:
         """Compile for one bucket; where that fails, or fails its self-test, run eagerly and say so."""
@@ -311,19 +313,19 @@ class Acceleration:
 
         A fault in the engine hands the frames made so far to ``rest``, which finishes on the stock path.
         """
-        spec, engine = self._spec, self._engine
+        spec, capacity = self._spec, self._engine.capacity
         rows, tokens = request.input_ids.shape[:2]
         if bucket_for(rows) is None:
             raise hf_call.Unsupported(f"a batch of {rows} rows, more than {BUCKETS[-1]}")
         needed = tokens + request.max_frames - 1
-        if needed > engine.capacity:
+        if needed > capacity:
             if self._wanted_positions is not None:
                 raise ValueError(
-                    f"max_positions={engine.capacity} is too small for a prompt of {tokens} positions and "
+                    f"max_positions={capacity} is too small for a prompt of {tokens} positions and "
                     f"{request.max_frames} frames, which need {needed}; pass a larger max_positions to accelerate() or a "
                     "smaller max_new_tokens"
                 )
-            raise hf_call.Unsupported(f"more than {engine.capacity} positions of prompt and frames")
+            raise hf_call.Unsupported(f"more than {capacity} positions of prompt and frames")
         seeds.fit(rows, request.backbone.do_sample or request.depth.do_sample)
         start = time.perf_counter()
         frames: list[Tensor] = []
@@ -334,7 +336,7 @@ class Acceleration:
                 if runner is None:
                     runner = self._begin(request, seeds)
                     self.metrics.observe("prefill", time.perf_counter() - start)
-                codes = engine.next_frame(runner, first=not frames)[:rows].clone()
+                codes = self._engine.next_frame(runner, first=not frames)[:rows].clone()
                 if request.pads_finished_rows and bool(ended.any()):
                     codes = torch.where(ended[:, None], request.pad_token, codes)
                     runner.state.codes[:rows].copy_(codes)
@@ -358,13 +360,20 @@ class Acceleration:
         self.metrics.count("generate.fast")
         self.metrics.count("frames", len(frames) * rows)
         if request.return_dict and runner is not None:
-            held = tokens + len(frames) - 1
-            state = runner.state
-            pairs = zip(state.keys, state.values)
+            self._hand_over_cache(request, runner.state, rows, tokens + len(frames) - 1)
+        return torch.stack(frames, dim=1)
+
+    def _hand_over_cache(self, request: hf_call.Request, state: State, rows: int, held: int) -> None:
+        """Fill the caller's ``past_key_values``; what that breaks must not cost the utterance that is already there."""
+        pairs = zip(state.keys, state.values)
+        try:
             hf_call.fill_cache(
                 request.output_cache, ((k[:rows, :, :held].clone(), v[:rows, :, :held].clone()) for k, v in pairs)
             )
-        return torch.stack(frames, dim=1)
+        except Exception as error:
+            what = f"past_key_values could not be filled: {type(error).__name__}: {error}"
+            if self.metrics.fault(what):
+                logger.warning(what, exc_info=True)
 
     def _begin(self, request: hf_call.Request, seeds: _Seeds) -> Any:
         """Prefill, and everything the frames of this call read set to this call's values."""

@@ -103,20 +103,23 @@ class Engine:
         self._depth_shape = _heads(spec.depth)
         self._positions = [torch.tensor([p], device=device) for p in range(spec.codebooks)]
 
-    def bind(self, packed: Packed) -> None:
+    def bind(self, packed: Packed) -> bool:
         """Use these weights from now on.
 
         A captured graph reads fixed addresses, so moved weights drop it; a compiled step has no guards, so weights of
-        another shape or layout drop the steps.
+        another shape or layout drop the steps: True then, and :meth:`warm_up` has to make new ones.
         """
+        dropped = False
         if self.packed is not None:
             old, new = _leaves(self.packed), _leaves(packed)
             if [_layout(t) for t in old] != [_layout(t) for t in new]:
                 self._runners.clear()
+                dropped = True
             elif [t.data_ptr() for t in old] != [t.data_ptr() for t in new]:
                 for runner in self._runners.values():
                     runner.graphs = None
         self.packed = packed
+        return dropped
 
     def runner(self, rows: int) -> _Runner:
         """Steps and buffers for a batch of ``rows``, made at the first use of its bucket."""
