@@ -22,7 +22,8 @@ def test_e2e_on_the_tiny_size(tmp_path: Any) -> None:
     stock, *ours = result["variants"]
     assert [row["variant"] for row in ours] == ["accelerated, stock", "accelerated, int8"]
     assert ours[0]["tokens_equal_to_stock"] and ours[0]["mode"] == "compile" and not ours[0]["notes"]
-    assert ours[1]["bytes_per_frame"] < 0.3 * ours[0]["bytes_per_frame"]
+    # A quarter, and what stays fp32: codebook 0's head and one scale per row, which count for much at this size.
+    assert 0.25 < ours[1]["bytes_per_frame"] / ours[0]["bytes_per_frame"] < 0.33
     for row in ours:
         assert row["ratio_to_stock"] == pytest.approx(stock["ms_per_frame"] / row["ms_per_frame"])
         assert row["backbone_ms"] + row["depth_ms"] == pytest.approx(row["ms_per_frame"], rel=0.5)
