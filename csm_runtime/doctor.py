@@ -156,7 +156,7 @@ def _system_command(package: str, mac: str) -> str:
 
 
 def _compiler() -> str | None:
-    """Path and version of the C++ compiler torch.compile would use, None if there is none."""
+    """Name and version of the C++ compiler torch.compile would use, None if there is none."""
     names = [os.environ.get("CXX"), *(("cl",) if sys.platform == "win32" else ("g++", "clang++", "c++"))]
     for name in filter(None, names):
         path = shutil.which(name)
@@ -167,7 +167,7 @@ def _compiler() -> str | None:
         except (OSError, subprocess.TimeoutExpired):
             continue
         lines = (told.stdout or told.stderr).strip().splitlines()
-        return f"{path} ({lines[0].strip()})" if lines else path
+        return lines[0].strip() if lines else name
     return None
 
 
