@@ -125,35 +125,31 @@ def sample_bisected(logits: Tensor, params: SamplingParams, noise: Tensor) -> Te
     Rows without ``do_sample`` take the argmax. Ties with the last kept token stay, for top-p too.
     """
     scores = logits.float() / params.temperature[:, None]
-    wanted = params.top_k.clamp(1, scores.shape[-1]).float()[:, None]
-    k_threshold = _threshold(scores, torch.ones_like(scores), wanted)
-    weight = torch.where(scores >= k_threshold, torch.exp(scores - scores.amax(-1, keepdim=True)), 0.0)
+    bits = scores.view(torch.int32)
+    key = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    vocab = scores.shape[-1]
+    wanted = params.top_k.clamp(1, vocab).float()[:, None]
+    k_key = _largest_key(key, torch.ones_like(scores), wanted)
+    kept = key >= k_key
+    weight = torch.where(kept, torch.exp(scores - scores.amax(-1, keepdim=True)), 0.0)
     mass = params.top_p[:, None] * weight.sum(-1, keepdim=True)
-    p_threshold = torch.where(params.top_p[:, None] < 1.0, _threshold(scores, weight, mass), k_threshold)
+    p_key = torch.where(params.top_p[:, None] < 1.0, _largest_key(key, weight, mass), k_key)
     # A mass of 0 is reached by nothing at all: the top token always stays.
-    threshold = torch.minimum(torch.maximum(k_threshold, p_threshold), scores.amax(-1, keepdim=True))
-    drawn = torch.where(scores < threshold, float("-inf"), scores + noise).argmax(-1)
+    threshold = torch.minimum(torch.maximum(k_key, p_key), key.amax(-1, keepdim=True))
+    drawn = torch.where(key < threshold, float("-inf"), scores + noise).argmax(-1)
     return torch.where(params.do_sample, drawn, logits.argmax(-1))
 
 
-def _threshold(scores: Tensor, weight: Tensor, wanted: Tensor) -> Tensor:
-    """The largest ``t`` for which the weights of all scores ``>= t`` sum to ``wanted`` at least; ``[B, 1]`` fp32.
+def _largest_key(key: Tensor, weight: Tensor, wanted: Tensor) -> Tensor:
+    """The largest ``t`` for which the weights of all keys ``>= t`` sum to ``wanted`` at least; ``[B, 1]`` int32.
 
-    Found four bits a round in an order-preserving integer key of ``t``: 16 candidates are weighed at once, and as many of
-    the lowest reach the sum as the digit says. The comparison itself is on floats, which is what vectorises.
+    Four bits a round: 16 candidates are weighed at once, and as many of the lowest reach the sum as the digit says.
     """
-    digits = torch.arange(16, dtype=torch.int32, device=scores.device)
-    found = torch.full_like(scores[:, :1], -(2**31), dtype=torch.int32)
+    digits = torch.arange(16, dtype=torch.int32, device=key.device)
+    found = torch.full_like(key[:, :1], -(2**31))
     for shift in range(28, -1, -4):
-        candidates = _float_of(found + (digits << shift))
-        sums = torch.where(scores[:, None, :] >= candidates[:, :, None], weight[:, None, :], 0.0).sum(-1)
+        candidates = found + (digits << shift)
+        sums = torch.where(key[:, None, :] >= candidates[:, :, None], weight[:, None, :], 0.0).sum(-1)
         reached = (sums >= wanted).sum(-1, keepdim=True)
         found = found + ((reached - 1).clamp(min=0).to(torch.int32) << shift)
-    return _float_of(found)
-
-
-def _float_of(key: Tensor) -> Tensor:
-    """The float of an order-preserving int32 key; the keys of NaNs, at both ends, stand for the infinity next to them."""
-    value = torch.where(key < 0, key ^ 0x7FFFFFFF, key).view(torch.float32)
-    infinity = torch.where(key < 0, float("-inf"), float("inf")).to(torch.float32)
-    return torch.where(torch.isnan(value), infinity, value)
+    return found
