@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from csm_kernels._compiled import in_memory
+
 _MULT_A, _MULT_B = 0xD2511F53, 0xCD9E8D57
 _WEYL_A, _WEYL_B = 0x9E3779B9, 0xBB67AE85
 _MASK = 0xFFFFFFFF
@@ -126,12 +128,12 @@ def sample_bisected(logits: Tensor, params: SamplingParams, noise: Tensor) -> Te
     """
     scores = logits.float() / params.temperature[:, None]
     bits = scores.view(torch.int32)
-    key = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    key = in_memory(torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits))
     vocab = scores.shape[-1]
     wanted = params.top_k.clamp(1, vocab).float()[:, None]
     k_key = _largest_key(key, torch.ones_like(scores), wanted)
     kept = key >= k_key
-    weight = torch.where(kept, torch.exp(scores - scores.amax(-1, keepdim=True)), 0.0)
+    weight = in_memory(torch.where(kept, torch.exp(scores - scores.amax(-1, keepdim=True)), 0.0))
     mass = params.top_p[:, None] * weight.sum(-1, keepdim=True)
     p_key = torch.where(params.top_p[:, None] < 1.0, _largest_key(key, weight, mass), k_key)
     # A mass of 0 is reached by nothing at all: the top token always stays.

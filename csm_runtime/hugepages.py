@@ -30,12 +30,15 @@ def collapse(tensors: Iterable[Tensor]) -> int:
         return 0
     madvise = ctypes.CDLL(None, use_errno=True).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    done = 0
+    done, tried = 0, set[int]()
     for tensor in tensors:
         if tensor.device.type != "cpu" or tensor.numel() * tensor.element_size() < _HUGE:
             continue
-        start = -(-tensor.data_ptr() // _HUGE) * _HUGE
-        end = (tensor.data_ptr() + tensor.numel() * tensor.element_size()) // _HUGE * _HUGE
-        if end > start and madvise(start, end - start, _MADV_COLLAPSE) == 0:
-            done += end - start
+        start, size = tensor.data_ptr(), tensor.numel() * tensor.element_size()
+        # The pages at both ends are shared with neighbours: contents and addresses stay theirs as well. Where a huge page
+        # would reach beyond what is mapped, the kernel refuses it and the others are done.
+        for page in range(start // _HUGE * _HUGE, start + size, _HUGE):
+            if page not in tried:
+                tried.add(page)
+                done += _HUGE if madvise(page, _HUGE, _MADV_COLLAPSE) == 0 else 0
     return done

@@ -15,7 +15,8 @@ class State:
 
     ``hidden`` ``[B, D]`` fp32 is the backbone's normalised last hidden state; ``codes`` ``[B, K]`` the latest frame;
     ``length`` ``[B]`` the next free cache slot; ``position`` ``[B]`` the next rotary position, which differs from
-    ``length`` under left padding; ``allowed`` ``[B, C]`` which slots a row may look at; ``frame`` ``[B]`` frames made.
+    ``length`` under left padding; ``filled`` the next free slot as the host knows it; ``allowed`` ``[B, C]`` which
+    slots a row may look at; ``frame`` ``[B]`` frames made.
     """
 
     def __init__(self, spec: ModelSpec, rows: int, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -28,6 +29,7 @@ class State:
             return torch.zeros(*shape, dtype=torch.int64, device=device)
 
         self.rows, self.capacity = rows, capacity
+        self.filled = 0
         self.keys = caches(b.layers, b.kv_heads, capacity, b.head_dim)
         self.values = caches(b.layers, b.kv_heads, capacity, b.head_dim)
         self.depth_keys = caches(d.layers, d.kv_heads, spec.codebooks, d.head_dim)
@@ -42,6 +44,12 @@ class State:
         """Bytes held by the KV buffers."""
         buffers = (*self.keys, *self.values, *self.depth_keys, *self.depth_values)
         return sum(t.numel() * t.element_size() for t in buffers)
+
+    def rewind(self, filled: int = 0) -> None:
+        """Stand at a slot, with whatever the cache holds before it."""
+        self.filled = filled
+        self.length.fill_(filled)
+        self.position.fill_(filled)
 
     def load_prompt(
         self, layers: list[tuple[Tensor, Tensor]], hidden: Tensor, mask: Tensor | None, positions: Tensor
@@ -62,6 +70,7 @@ class State:
         for cache, source in zip(self.values, (v for _, v in layers)):
             cache[:, :, :tokens].copy_(source[rows])
         self.hidden.copy_(hidden[rows])
+        self.filled = tokens
         self.length.fill_(tokens)
         self.position.copy_(positions[rows] + 1)
         self.frame.zero_()

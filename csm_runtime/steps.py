@@ -4,8 +4,8 @@ Tensors and plain numbers in, tensors out; caches are written in place. Everythi
 tensor, so that none of it is a guard. ``Ops`` says which implementation of the ops that matter to use.
 
 One frame, in order: :func:`codebook0_step` on the backbone's hidden state, then :func:`depth_step` for positions 0 to
-``codebooks - 1``; then, for the next frame, :func:`embed_step`, :func:`layer_step` for each backbone layer and the
-final norm.
+``codebooks - 1``, or :func:`depth_pair_step` for the first two of them at once; then, for the next frame,
+:func:`embed_step`, :func:`layer_step` for each backbone layer and the final norm.
 """
 
 from __future__ import annotations
@@ -70,22 +70,22 @@ def layer_step(
     shape: Heads,
     ops: Ops,
 ) -> Tensor:
-    """One decoder layer for one new position per row.
+    """One decoder layer for ``P`` new positions per row of the cache, usually one.
 
     Args:
-        x: ``[B, D]`` fp32 residual stream.
+        x: ``[P * B, D]`` fp32 residual stream, the first position of every row first.
         layer: its weights.
         keys: ``[B, KV, C, head_dim]``, written at ``slot``.
         values: likewise.
-        slot: ``[B]`` int64, where each row's new key and value go.
-        cos: ``[B, head_dim]`` fp32 at each row's rotary position.
+        slot: ``[P * B]`` int64, where the new keys and values go.
+        cos: ``[P * B, head_dim]`` fp32 at each rotary position.
         sin: likewise.
-        bias: ``[B, C]`` fp32 mask, as :func:`~csm_kernels.attention_step_ref` takes it.
+        bias: ``[P * B, C]`` fp32 mask, as :func:`~csm_kernels.attention_step_ref` takes it.
         shape: heads of the stack.
         ops: implementations to use.
 
     Returns:
-        ``[B, D]`` fp32.
+        ``[P * B, D]`` fp32.
     """
     rows = x.shape[0]
 
@@ -96,9 +96,12 @@ def layer_step(
     q = linear(normed, layer.q).view(rows, shape.heads, shape.head_dim)
     k = linear(normed, layer.k).view(rows, shape.kv_heads, shape.head_dim)
     v = linear(normed, layer.v).view(rows, shape.kv_heads, shape.head_dim)
-    index = torch.arange(rows, device=x.device)
+    positions = rows // keys.shape[0]
+    index = torch.arange(keys.shape[0], device=x.device).repeat(positions)
     keys[index, :, slot] = apply_rope_ref(k, cos, sin).to(keys.dtype)
     values[index, :, slot] = v.to(values.dtype)
+    if positions > 1:
+        keys, values = keys.repeat(positions, 1, 1, 1), values.repeat(positions, 1, 1, 1)
     x = x + linear(ops.attention(apply_rope_ref(q, cos, sin), keys, values, bias), layer.o)
     normed = rms_norm_ref(x, layer.post_norm, shape.eps)
     return x + linear(swiglu_ref(linear(normed, layer.gate), linear(normed, layer.up)), layer.down)
@@ -178,24 +181,80 @@ def depth_step(
     Returns:
         ``[B]`` int64, and the logits ``[B, V]`` fp32 it was drawn from (of no meaning at position 0).
     """
-    rows = token.shape[0]
-    stacked = heads.data if isinstance(heads, QuantWeight) else heads
-    vocab = stacked.shape[1]
+    vocab = _codebook_shape(heads)[1]
     head = (position - 1).clamp(min=0)
     first = position == 0
     x = torch.where(first, hidden, embedding[head * vocab + token].float())
+    slot = position.expand(token.shape[0])
+    x = _depth_layers(x, slot, projection, stack, keys, values, cos_table, sin_table, shape, ops)
+    drawn, logits = _draw(x, head, heads, params, key, ops)
+    return torch.where(first, token, drawn), logits
+
+
+def depth_pair_step(
+    token: Tensor,
+    hidden: Tensor,
+    embedding: Tensor,
+    projection: Linear,
+    stack: Stack,
+    heads: Tensor | QuantWeight,
+    keys: list[Tensor],
+    values: list[Tensor],
+    cos_table: Tensor,
+    sin_table: Tensor,
+    params: SamplingParams,
+    key: NoiseKey,
+    shape: Heads,
+    ops: Ops,
+) -> Tensor:
+    """Positions 0 and 1 in one pass of two rows per utterance: the weights are read 31 times a frame, not 32.
+
+    Arguments as :func:`depth_step`, ``token`` being codebook 0; returns codebook 1, ``[B]`` int64.
+    """
+    rows = token.shape[0]
+    slot = torch.arange(2, device=token.device).repeat_interleave(rows)
+    x = torch.cat([hidden, embedding[token].float()])
+    x = _depth_layers(x, slot, projection, stack, keys, values, cos_table, sin_table, shape, ops)
+    head = torch.zeros(1, dtype=torch.int64, device=token.device)
+    return _draw(x[rows:], head, heads, params, key, ops)[0]
+
+
+def _codebook_shape(heads: Tensor | QuantWeight) -> tuple[int, int]:
+    """Number of heads and of tokens."""
+    stacked = heads.data if isinstance(heads, QuantWeight) else heads
+    return stacked.shape[0], stacked.shape[1]
+
+
+def _depth_layers(
+    x: Tensor,
+    slot: Tensor,
+    projection: Linear,
+    stack: Stack,
+    keys: list[Tensor],
+    values: list[Tensor],
+    cos_table: Tensor,
+    sin_table: Tensor,
+    shape: Heads,
+    ops: Ops,
+) -> Tensor:
+    """Projection, all layers and the final norm at positions ``slot``, one per row of ``x``."""
     x = ops.gemv(x, projection.weight, projection.bias)
-    slot = position.expand(rows)
     cos, sin = cos_table[slot], sin_table[slot]
-    bias = _mask_bias(torch.arange(stacked.shape[0] + 1, device=x.device) <= position).expand(rows, -1)
+    bias = _mask_bias(torch.arange(keys[0].shape[2], device=x.device)[None, :] <= slot[:, None])
     for i, layer in enumerate(stack.layers):
         x = layer_step(x, layer, keys[i], values[i], slot, cos, sin, bias, shape, ops)
-    x = rms_norm_ref(x, stack.norm, shape.eps)
+    return rms_norm_ref(x, stack.norm, shape.eps)
+
+
+def _draw(
+    x: Tensor, head: Tensor, heads: Tensor | QuantWeight, params: SamplingParams, key: NoiseKey, ops: Ops
+) -> tuple[Tensor, Tensor]:
+    """Token and logits of codebook ``head + 1`` from the normalised hidden state ``[B, D]``."""
     matrix: Tensor | QuantWeight
     if isinstance(heads, QuantWeight):
         matrix = QuantWeight(heads.data[head][0], heads.scale[head][0])
     else:
         matrix = heads[head][0]
     logits = ops.gemv(x, matrix)
-    drawn = ops.sample(logits, params, gumbel_noise_ref(key, position, vocab))
-    return torch.where(first, token, drawn), logits
+    noise = gumbel_noise_ref(key, head + 1, logits.shape[-1])
+    return ops.sample(logits, params, noise), logits

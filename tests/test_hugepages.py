@@ -12,7 +12,8 @@ def test_contents_and_addresses_stay() -> None:
     big = torch.arange(3 << 20, dtype=torch.float32)
     address, copy = big.data_ptr(), big.clone()
     done = hugepages.collapse([big, torch.ones(5)])
-    assert done % (1 << 21) == 0 and done <= big.numel() * 4
+    # The pages at both ends reach beyond the tensor.
+    assert done % (1 << 21) == 0 and done <= big.numel() * 4 + (2 << 21)
     assert big.data_ptr() == address and torch.equal(big, copy)
 
 
