@@ -11,6 +11,7 @@ import torch
 import transformers
 from csm_models import build
 
+from csm_kernels._target import interpreting
 from csm_runtime import accelerate
 
 transformers.logging.set_verbosity_error()  # tiny configs name special tokens beyond their tiny vocabularies
@@ -96,3 +97,22 @@ def deterministic(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     torch.set_num_threads(threads)
     torch.set_rng_state(state)
+
+
+_ran: dict[str, int] = {"interpreted": 0, "compiled ahead of time": 0, "on a GPU": 0}
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Count how kernels were tested."""
+    if report.when != "call" or not report.passed:
+        return
+    if "compiled_ahead" in report.keywords:
+        _ran["compiled ahead of time"] += 1
+    elif report.nodeid.startswith("tests/kernels/"):
+        _ran["interpreted" if interpreting() else "on a GPU"] += 1
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say it, so that a green run hides nothing."""
+    counts = ", ".join(f"{count} {how}" for how, count in _ran.items())
+    terminalreporter.write_line(f"kernel tests passed: {counts}")
