@@ -174,7 +174,7 @@ class Acceleration:
             dtype=str(engine.dtype).removeprefix("torch."),
             mode=engine.mode,
             policy=self.policy.name,
-            zones=zone_table(packed, self.policy, self._spec.codebooks),
+            zones=zone_table(packed, self.policy, self._spec.codebooks - 1),
             copied_bytes=self._weights.copied_bytes(),
             kv_bytes=engine.kv_bytes(),
             capacity=engine.capacity,
