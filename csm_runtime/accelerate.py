@@ -255,7 +255,9 @@ class Acceleration:
         """Compile for one bucket; where that fails, or fails its self-test, run eagerly and say so."""
         start = time.perf_counter()
         verb = "compiling" if self._engine.mode == "compile" else "preparing"
-        bar = compiling.Progress(self._engine.parts(size) + 1, f"{verb} for batch {size}", self._progress)
+        with _plain_mode():
+            parts = self._engine.parts(size) + 1
+        bar = compiling.Progress(parts, f"{verb} for batch {size}", self._progress)
         try:
             with _plain_mode(), compiling.remembered_isa_checks():
                 self._engine.warm_up(size, bar.advance)

@@ -175,7 +175,7 @@ class Engine:
         tokens, rest = [], self._positions
         if runner.depth_pair is not None:
             tokens, rest = [token], self._positions[2:]
-            token = runner.depth_pair(token, *self._depth_arguments(runner))
+            token, _ = self.depth_pair(runner, token)
             tokens.append(token)
         for position in rest:
             token, _ = self.depth_position(runner, position, token)
@@ -185,6 +185,11 @@ class Engine:
     def depth_position(self, runner: _Runner, position: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
         """One position of the depth decoder: token in, next token and its logits out."""
         return runner.depth(position, token, *self._depth_arguments(runner))
+
+    def depth_pair(self, runner: _Runner, token: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions 0 and 1 in one pass, where the runner has it: codebook 0 in, codebook 1 and its logits out."""
+        assert runner.depth_pair is not None
+        return runner.depth_pair(token, *self._depth_arguments(runner))
 
     def _depth_arguments(self, runner: _Runner) -> tuple[Any, ...]:
         """What every step of the depth decoder takes besides position and token."""
@@ -291,7 +296,7 @@ class Engine:
         self.depth_position(runner, self._positions[0], torch.zeros_like(state.seed))
         done("depth step")
         if runner.depth_pair is not None:
-            runner.depth_pair(torch.zeros_like(state.seed), *self._depth_arguments(runner))
+            self.depth_pair(runner, torch.zeros_like(state.seed))
             done("depth pair")
         for window in runner.layers:
             state.rewind(window - 1)
@@ -320,7 +325,7 @@ class Engine:
         checks = [("depth step", ours, theirs)]
         if runner.depth_pair is not None:
             written = state.depth_values[-1][:, :, :2].float()
-            runner.depth_pair(token, *self._depth_arguments(runner))
+            self.depth_pair(runner, token)
             checks.append(("depth pair", state.depth_values[-1][:, :, :2].float(), written))
         x = torch.randn(state.hidden.shape, generator=generator, dtype=torch.float32).to(self.device)
         slot = torch.zeros_like(state.seed)

@@ -206,17 +206,17 @@ def depth_pair_step(
     key: NoiseKey,
     shape: Heads,
     ops: Ops,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Positions 0 and 1 in one pass of two rows per utterance: the weights are read 31 times a frame, not 32.
 
-    Arguments as :func:`depth_step`, ``token`` being codebook 0; returns codebook 1, ``[B]`` int64.
+    Arguments and results as :func:`depth_step` at position 1, ``token`` being codebook 0.
     """
     rows = token.shape[0]
     slot = torch.arange(2, device=token.device).repeat_interleave(rows)
     x = torch.cat([hidden, embedding[token].float()])
     x = _depth_layers(x, slot, projection, stack, keys, values, cos_table, sin_table, shape, ops)
     head = torch.zeros(1, dtype=torch.int64, device=token.device)
-    return _draw(x[rows:], head, heads, params, key, ops)[0]
+    return _draw(x[rows:], head, heads, params, key, ops)
 
 
 def _codebook_shape(heads: Tensor | QuantWeight) -> tuple[int, int]:

@@ -100,8 +100,7 @@ def test_the_pair_is_two_steps(name: str, rows: int) -> None:
         caches = [cache.clone() for cache in (*state.depth_keys, *state.depth_values)]
         for cache in (*state.depth_keys, *state.depth_values):
             cache[:, :, :2].fill_(float("nan"))
-        assert runner.depth_pair is not None
-        got = runner.depth_pair(token, *own._depth_arguments(runner))
+        got, _ = own.depth_pair(runner, token)
     assert torch.equal(got, wanted)
     for cache, copy in zip((*state.depth_keys, *state.depth_values), caches):
         assert torch.allclose(cache[:, :, :2], copy[:, :, :2], rtol=1e-5, atol=1e-6)

@@ -22,7 +22,7 @@ def recorded(model: Any, prompt: dict[str, torch.Tensor], frames: int, monkeypat
     hidden: list[torch.Tensor] = []
     logits: list[torch.Tensor] = []
     rows = prompt["input_ids"].shape[0]
-    emit, position_of = Engine.emit, Engine.depth_position
+    emit, position_of, pair_of = Engine.emit, Engine.depth_position, Engine.depth_pair
 
     def spy_emit(self: Engine, runner: Any) -> None:
         hidden.append(runner.state.hidden[:rows].clone())
@@ -34,10 +34,16 @@ def recorded(model: Any, prompt: dict[str, torch.Tensor], frames: int, monkeypat
             logits.append(out[1][:rows].clone())
         return out
 
+    def spy_pair(self: Engine, runner: Any, token: torch.Tensor) -> Any:
+        out = pair_of(self, runner, token)
+        logits.append(out[1][:rows].clone())
+        return out
+
     model.generate(**prompt, **GREEDY, max_new_tokens=1)  # warm, so that no self-test is recorded
     with monkeypatch.context() as patch, on_fast_path(model):
         patch.setattr(Engine, "emit", spy_emit)
         patch.setattr(Engine, "depth_position", spy_position)
+        patch.setattr(Engine, "depth_pair", spy_pair)
         tokens = model.generate(**prompt, **GREEDY, max_new_tokens=frames)
     depth = torch.stack(logits, dim=1).view(rows, frames, tokens.shape[2] - 1, -1)
     return tokens, torch.stack(hidden, dim=1), depth
