@@ -3,14 +3,18 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+RACE := .venv-race
 ARGS ?=
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint budgets race-check sanitize clean
 
 help:
 	@echo "make demo    stock against accelerated CSM: a table, and WAV, JSON and PNG in demo_out; ARGS=\"--model ...\""
 	@echo "make test    the test suite; ARGS=\"-k name\""
 	@echo "make lint    ruff and mypy"
+	@echo "make budgets      compile every kernel for every GPU target and rewrite the budgets; read the difference"
+	@echo "make race-check   kernel tests under ttsem, which finds races and stray accesses without a GPU; own environment"
+	@echo "make sanitize     kernel tests under compute-sanitizer; needs a GPU"
 	@echo "make clean   remove caches and demo_out; the virtual environment stays"
 
 demo: $(VENV)/.installed-cli
@@ -24,6 +28,27 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+budgets: $(VENV)/.installed-dev
+	$(BIN)/python tests/test_compile_budgets.py
+
+# ttsem wants another Triton and torch than the package is developed with; opcheck and torch.compile need a real device.
+race-check: $(RACE)/.installed
+	$(RACE)/bin/python -m ttsem.sanitize pytest tests/kernels -q -m "not dispatcher" -p no:cacheprovider $(ARGS)
+
+$(RACE)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(RACE)
+	$(RACE)/bin/python -m pip install --disable-pip-version-check torch==2.13.0 triton==3.8.0 pytest scipy "transformers==5.17.0"
+	$(RACE)/bin/python -m pip install --disable-pip-version-check --no-deps --ignore-requires-python ttsem==0.1.0
+	$(RACE)/bin/python -m pip install --disable-pip-version-check --no-deps -e .
+	touch $@
+
+sanitize: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --disable-pip-version-check nvidia-cuda-sanitizer-api
+	for tool in memcheck initcheck racecheck; do \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$$($(BIN)/python -c 'import nvidia, pathlib; print(next(p for root in nvidia.__path__ for p in pathlib.Path(root).rglob("compute-sanitizer") if p.is_file()))')" \
+			--tool $$tool --error-exitcode 1 $(BIN)/python -m pytest tests/kernels -q -m "not dispatcher" $(ARGS) || exit 1; \
+	done
 
 clean:
 	rm -rf build dist demo_out .pytest_cache .mypy_cache .ruff_cache .benchmarks *.egg-info

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -99,7 +100,7 @@ def deterministic(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_rng_state(state)
 
 
-_ran: dict[str, int] = {"interpreted": 0, "compiled ahead of time": 0, "on a GPU": 0}
+_ran: dict[str, int] = {"interpreted": 0, "compiled ahead of time": 0, "checked for races": 0, "on a GPU": 0}
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
@@ -109,7 +110,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if "compiled_ahead" in report.keywords:
         _ran["compiled ahead of time"] += 1
     elif report.nodeid.startswith("tests/kernels/"):
-        _ran["interpreted" if interpreting() else "on a GPU"] += 1
+        simulated = "ttsem" in sys.modules
+        _ran["interpreted" if interpreting() else "checked for races" if simulated else "on a GPU"] += 1
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

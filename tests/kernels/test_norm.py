@@ -136,6 +136,7 @@ def test_the_same_every_time(device: torch.device) -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, again))
 
 
+@pytest.mark.dispatcher
 def test_the_ops_are_sound(device: torch.device) -> None:
     x, weight = inputs(device, 63, torch.float32)
     x.requires_grad_(), weight.requires_grad_()
@@ -143,6 +144,7 @@ def test_the_ops_are_sound(device: torch.device) -> None:
     torch.library.opcheck(torch.ops.csm_kernels.add_rms_norm.default, (x, x.detach(), weight, EPS))
 
 
+@pytest.mark.dispatcher
 @pytest.mark.slow
 def test_compiles_whole(device: torch.device) -> None:
     x, weight = inputs(device, 64, torch.float32)
