@@ -1,36 +1,36 @@
 """Kernels for CSM, Sesame's conversational speech model: tensors in, tensors out.
 
-Every op has a PyTorch reference, which is its specification. Importing this package imports torch alone, starts no CUDA
-context and compiles nothing.
+Every op has a file with its kernel, its launcher and its PyTorch reference, which is the specification and what runs
+where Triton does not: ``csm_kernels.norm.rms_norm_ref`` and so on. Importing this package imports torch and, where it is
+installed, Triton; it starts no CUDA context and compiles nothing.
 """
 
 from csm_kernels._version import __version__
-from csm_kernels.attention import attention_step_library, attention_step_ref
-from csm_kernels.embed import embed_frame_ref
-from csm_kernels.gemv import gemv_library, gemv_ref, gemv_streamed
-from csm_kernels.norm import rms_norm_ref
-from csm_kernels.quant import QuantWeight, dequantize, quantize_int8
-from csm_kernels.rope import apply_rope_ref
-from csm_kernels.sampling import NoiseKey, SamplingParams, gumbel_noise_ref, sample_bisected, sample_ref
-from csm_kernels.swiglu import swiglu_ref
+from csm_kernels.attention import attention_step
+from csm_kernels.embed import embed_frame
+from csm_kernels.gemv import gemv, gemv_swiglu
+from csm_kernels.norm import add_rms_norm, rms_norm
+from csm_kernels.quant import QuantWeight, dequantize, quantize
+from csm_kernels.rope import apply_rope
+from csm_kernels.rvq import rvq_decode
+from csm_kernels.sampling import NoiseKey, SamplingParams, sample
+from csm_kernels.swiglu import swiglu
 
 __all__ = [
     "NoiseKey",
     "QuantWeight",
     "SamplingParams",
     "__version__",
-    "apply_rope_ref",
-    "attention_step_library",
-    "attention_step_ref",
+    "add_rms_norm",
+    "apply_rope",
+    "attention_step",
     "dequantize",
-    "embed_frame_ref",
-    "gemv_library",
-    "gemv_ref",
-    "gemv_streamed",
-    "gumbel_noise_ref",
-    "quantize_int8",
-    "rms_norm_ref",
-    "sample_bisected",
-    "sample_ref",
-    "swiglu_ref",
+    "embed_frame",
+    "gemv",
+    "gemv_swiglu",
+    "quantize",
+    "rms_norm",
+    "rvq_decode",
+    "sample",
+    "swiglu",
 ]

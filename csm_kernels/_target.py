@@ -68,4 +68,6 @@ def runs_triton(*tensors: Tensor | None) -> bool:
 def device_facts(index: int) -> Device:
     """Facts about one CUDA device."""
     found = torch.cuda.get_device_properties(index)
-    return Device(found.name, found.major * 10 + found.minor, found.multi_processor_count, getattr(found, "L2_cache_size", 0))
+    return Device(
+        found.name, found.major * 10 + found.minor, found.multi_processor_count, getattr(found, "L2_cache_size", 0)
+    )

@@ -170,7 +170,7 @@ def _norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     if not runs_triton(x, weight):
         wide = x.float()
         rstd = torch.rsqrt((wide * wide).mean(-1) + eps).flatten()
-        return rms_norm_ref(x, weight, eps).to(x.dtype), rstd
+        return rms_norm_ref(x, weight, eps).to(x.dtype).contiguous(), rstd
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rstd = torch.empty(x.shape[:-1].numel(), dtype=torch.float32, device=x.device)
     launch_forward(x, None, weight.contiguous(), eps, out, None, rstd)
@@ -182,7 +182,7 @@ def _add_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[
     if not runs_triton(x, residual, weight):
         normed, total = add_rms_norm_ref(x, residual, weight, eps)
         rstd = torch.rsqrt(total.float().square().mean(-1) + eps).flatten()
-        return normed.to(x.dtype), total, rstd
+        return normed.to(x.dtype).contiguous(), total.contiguous(), rstd
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = torch.empty(x.shape, dtype=residual.dtype, device=x.device)
     rstd = torch.empty(x.shape[:-1].numel(), dtype=torch.float32, device=x.device)
@@ -201,7 +201,7 @@ def _norm_backward(
         if sum_grad is not None:
             x_grad = x_grad + sum_grad.float()
         weight_grad = (wide * unit).reshape(-1, x.shape[-1]).sum(0)
-        return x_grad.to(x.dtype), weight_grad.to(weight.dtype)
+        return x_grad.to(x.dtype).contiguous(), weight_grad.to(weight.dtype)
     x_grad = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if sum_grad is not None:
         sum_grad = sum_grad.contiguous()

@@ -13,8 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from csm_kernels import _ops
 from csm_kernels._compiled import in_memory
+from csm_kernels._target import runs_triton, tl, triton
+from csm_kernels._tiles import tiles
 
+_LARGEST_VOCAB = 65536
 _MULT_A, _MULT_B = 0xD2511F53, 0xCD9E8D57
 _WEYL_A, _WEYL_B = 0x9E3779B9, 0xBB67AE85
 _MASK = 0xFFFFFFFF
@@ -42,6 +46,366 @@ class NoiseKey(NamedTuple):
     seed: Tensor
     utterance: Tensor
     frame: Tensor
+
+
+@triton.jit
+def _scores(logits_row, columns, vocab, temperature):
+    """Logits over temperature, rounded as torch divides: ties of the specification are ties here."""
+    logits = tl.load(logits_row + columns, mask=columns < vocab, other=float("-inf")).to(tl.float32)
+    return tl.div_rn(logits, temperature)
+
+
+@triton.jit
+def _words(tokens, seed, utterance, frame, codebook):
+    """The Philox words of :func:`gumbel_noise_ref`, bit for bit; seed and the others are int64."""
+    nothing = tokens * 0
+    word, _, _, _ = tl.philox(
+        seed, tokens, nothing + codebook.to(tl.int32), nothing + frame.to(tl.int32), nothing + utterance.to(tl.int32)
+    )
+    return word
+
+
+@triton.jit
+def _noise(tokens, seed, utterance, frame, codebook):
+    """As :func:`gumbel_noise_ref`; the logarithms may differ in their last bit."""
+    word = _words(tokens, seed, utterance, frame, codebook)
+    uniform = tl.minimum((word.to(tl.float32) + 0.5) * 2.0**-32, 1.0 - 2.0**-24)
+    # log1p by Kahan: what rounding 1 - uniform loses, the quotient gives back.
+    rest = 1.0 - uniform
+    return -tl.log(tl.where(rest == 1.0, uniform, tl.log(rest) * uniform / (rest - 1.0)))
+
+
+@triton.jit
+def _key(score):
+    """An integer that orders as the score does."""
+    bits = score.to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@triton.jit
+def _score_of(key):
+    """The score of a key."""
+    return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _survey(logits_row, vocab, BLOCK_V: tl.constexpr):
+    """The largest logit, where it first stands, and how many are NaN or plus infinity."""
+    top = tl.full((), float("-inf"), tl.float32)
+    token = tl.zeros((), tl.int32)
+    broken = tl.zeros((), tl.int32)
+    for first in range(0, vocab, BLOCK_V):
+        columns = first + tl.arange(0, BLOCK_V)
+        logits = tl.load(logits_row + columns, mask=columns < vocab, other=float("-inf")).to(tl.float32)
+        value, index = tl.max(logits, 0, return_indices=True)
+        token = tl.where(value > top, first + index, token)
+        top = tl.maximum(top, value)
+        broken += tl.sum(tl.where(logits < float("inf"), 0, 1), 0)
+    return top, token, broken
+
+
+@triton.jit
+def _best_of(scores, noise, columns, floor, last, last_token):
+    noisy = scores + noise
+    free = (scores >= floor) & ((noisy < last) | ((noisy == last) & (columns > last_token)))
+    return tl.max(tl.where(free, noisy, float("-inf")), 0, return_indices=True)
+
+
+@triton.jit
+def _best(
+    logits_row,
+    scores,
+    noise,
+    vocab,
+    temperature,
+    seed,
+    utterance,
+    frame,
+    codebook,
+    floor,
+    last,
+    last_token,
+    WHOLE: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """The largest sum of score and noise, and its token, among scores of at least ``floor``, that comes after ``last``."""
+    if WHOLE:
+        best, token = _best_of(scores, noise, tl.arange(0, BLOCK_V), floor, last, last_token)
+    else:
+        best = tl.full((), float("-inf"), tl.float32)
+        token = tl.zeros((), tl.int32)
+        for first in range(0, vocab, BLOCK_V):
+            columns = first + tl.arange(0, BLOCK_V)
+            part = _scores(logits_row, columns, vocab, temperature)
+            drawn = _noise(columns, seed, utterance, frame, codebook)
+            value, index = _best_of(part, drawn, columns, floor, last, last_token)
+            token = tl.where(value > best, first + index, token)
+            best = tl.maximum(best, value)
+    return best, token
+
+
+@triton.jit
+def _share_of(scores, floor, top, STRICT: tl.constexpr, MASS: tl.constexpr):
+    taken = scores > floor if STRICT else scores >= floor
+    return tl.sum(tl.where(taken, tl.exp(scores - top) if MASS else 1.0, 0.0), 0)
+
+
+@triton.jit
+def _share(
+    logits_row,
+    scores,
+    vocab,
+    temperature,
+    floor,
+    top,
+    STRICT: tl.constexpr,
+    MASS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """How many scores are at least ``floor``, larger if ``STRICT``; or their mass, that of ``top`` being 1."""
+    if WHOLE:
+        share = _share_of(scores, floor, top, STRICT, MASS)
+    else:
+        share = tl.zeros((), tl.float32)
+        for first in range(0, vocab, BLOCK_V):
+            part = _scores(logits_row, first + tl.arange(0, BLOCK_V), vocab, temperature)
+            share += _share_of(part, floor, top, STRICT, MASS)
+    return share
+
+
+@triton.jit
+def _lowest_kept(
+    logits_row,
+    scores,
+    vocab,
+    temperature,
+    low,
+    top,
+    wanted,
+    MASS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Key of the largest score from which on upwards there are ``wanted`` scores, or that mass; ``low`` is low enough.
+
+    At most 32 halvings. A count hit exactly ends them: the scores kept are the same from there on.
+    """
+    high = _key(top)
+    while low < high:
+        middle = (low | high) - ((low ^ high) >> 1)
+        share = _share(logits_row, scores, vocab, temperature, _score_of(middle), top, False, MASS, WHOLE, BLOCK_V)
+        low = tl.where(share >= wanted, middle, low)
+        high = tl.where(share >= wanted, high, middle - 1)
+        if not MASS:
+            high = tl.where(share == wanted, middle, high)
+    return low
+
+
+@triton.jit
+def _sample_kernel(
+    logits_ptr,
+    temperature_ptr,
+    top_k_ptr,
+    top_p_ptr,
+    do_sample_ptr,
+    seed_ptr,
+    utterance_ptr,
+    frame_ptr,
+    codebook_ptr,
+    tokens_ptr,
+    flags_ptr,
+    logits_stride,
+    vocab,
+    HAS_FLAGS: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """One row. ``WHOLE``: scores and noise stay in registers; else every pass makes them again, block by block.
+
+    Top-k alone needs no threshold: the winner of the race over all tokens is the draw if fewer than k scores are larger
+    than its own, else it is struck out and the next best tried. A peaked row takes 1.4 rounds on average, a flat one up
+    to a hundred, so after ``ROUNDS`` of them the threshold is searched for, as it is where top-p needs it.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    logits_row = logits_ptr + row * logits_stride
+    largest, token, broken = _survey(logits_row, vocab, BLOCK_V)
+    healthy = (broken == 0) & (largest > float("-inf"))
+    if healthy & (tl.load(do_sample_ptr + row) != 0):
+        temperature = tl.load(temperature_ptr + row)
+        top_k = tl.minimum(tl.maximum(tl.load(top_k_ptr + row), 1), vocab).to(tl.float32)
+        top_p = tl.load(top_p_ptr + row)
+        seed, utterance, frame = tl.load(seed_ptr + row), tl.load(utterance_ptr + row), tl.load(frame_ptr + row)
+        codebook = tl.load(codebook_ptr)
+        top = tl.div_rn(largest, temperature)
+        scores, noise = top, top
+        if WHOLE:
+            columns = tl.arange(0, BLOCK_V)
+            scores = _scores(logits_row, columns, vocab, temperature)
+            noise = _noise(columns, seed, utterance, frame, codebook)
+
+        minimum = tl.full((), float("-inf"), tl.float32)
+        low = _key(minimum)
+        settled = False
+        if (top_k > 1) & (top_p >= 1.0):
+            best, token = _best(
+                logits_row, scores, noise, vocab, temperature, seed, utterance, frame, codebook,
+                minimum, float("inf"), -1, WHOLE, BLOCK_V,
+            )  # fmt: skip
+            score = tl.div_rn(tl.load(logits_row + token).to(tl.float32), temperature)
+            larger = _share(logits_row, scores, vocab, temperature, score, top, True, False, WHOLE, BLOCK_V)
+            rounds = 1
+            while (larger >= top_k) & (rounds < ROUNDS):
+                low = tl.maximum(low, _key(score) + 1)
+                best, token = _best(
+                    logits_row, scores, noise, vocab, temperature, seed, utterance, frame, codebook,
+                    minimum, best, token, WHOLE, BLOCK_V,
+                )  # fmt: skip
+                score = tl.div_rn(tl.load(logits_row + token).to(tl.float32), temperature)
+                larger = _share(logits_row, scores, vocab, temperature, score, top, True, False, WHOLE, BLOCK_V)
+                rounds += 1
+            settled = larger < top_k
+        if not settled:
+            if (top_k <= 1) | (top_p <= 0.0):
+                low = _key(top)
+            else:
+                if top_k < vocab:
+                    low = _lowest_kept(logits_row, scores, vocab, temperature, low, top, top_k, False, WHOLE, BLOCK_V)
+                if top_p < 1.0:
+                    floor = _score_of(low)
+                    mass = _share(logits_row, scores, vocab, temperature, floor, top, False, True, WHOLE, BLOCK_V)
+                    low = _lowest_kept(
+                        logits_row, scores, vocab, temperature, low, top, top_p * mass, True, WHOLE, BLOCK_V
+                    )
+            _, token = _best(
+                logits_row, scores, noise, vocab, temperature, seed, utterance, frame, codebook,
+                _score_of(low), float("inf"), -1, WHOLE, BLOCK_V,
+            )  # fmt: skip
+    tl.store(tokens_ptr + row, tl.where(healthy, token, 0).to(tl.int64))
+    if HAS_FLAGS:
+        tl.store(flags_ptr + row, 1, mask=healthy == 0)
+
+
+def launch_sample(
+    logits: Tensor, params: SamplingParams, key: NoiseKey, codebook: Tensor, tokens: Tensor, flags: Tensor | None = None
+) -> None:
+    """Launch the kernel into ``tokens``, ``[B]`` int64; arguments as :func:`sample` takes them.
+
+    ``flags``, ``[B]`` int32, is set to 1 for a broken row and left as it is for the others: zeroed once, it gathers what
+    happened in a frame.
+    """
+    rows, vocab = logits.shape
+    if rows == 0:
+        return
+    # At 16 warps the 4096 columns of CSM's vocabulary take 61 registers on sm_90 and spill nothing; at 8 they spill.
+    whole = vocab <= 4096
+    block = triton.next_power_of_2(vocab) if whole else 2048
+    sizes = tiles(
+        "sampling",
+        logits,
+        {"V": vocab},
+        {"BLOCK_V": block, "ROUNDS": 8, "num_warps": max(1, block // 256) if whole else 4},
+    )
+    _sample_kernel[(rows,)](
+        logits,
+        *params,
+        *key,
+        codebook,
+        tokens,
+        flags,
+        logits.stride(0),
+        vocab,
+        HAS_FLAGS=flags is not None,
+        WHOLE=sizes["BLOCK_V"] >= vocab,
+        **sizes,
+    )
+
+
+def _checked(logits: Tensor, params: SamplingParams, key: NoiseKey, codebook: Tensor) -> None:
+    if logits.ndim != 2 or not logits.is_floating_point():
+        raise ValueError(f"logits must be [B, V], floating point, got {tuple(logits.shape)}, {logits.dtype}")
+    rows, vocab = logits.shape
+    if not 1 <= vocab <= _LARGEST_VOCAB:
+        raise ValueError(f"logits must be of 1 to {_LARGEST_VOCAB} tokens, got {vocab}")
+    if vocab > 1 and logits.stride(1) != 1:
+        raise ValueError(
+            f"logits must have unit stride in its last dimension, got strides {tuple(logits.stride())}: call "
+            ".contiguous() on it"
+        )
+    dtypes = (torch.float32, torch.int64, torch.float32, torch.bool, torch.int64, torch.int64, torch.int64)
+    for name, tensor, dtype in zip((*params._fields, *key._fields), (*params, *key), dtypes):
+        if tensor.shape != (rows,) or tensor.dtype != dtype or not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} must be [B] {dtype}, contiguous, B = {rows}, got {tuple(tensor.shape)}, {tensor.dtype}, "
+                f"strides {tuple(tensor.stride())}"
+            )
+    if codebook.numel() != 1 or codebook.dtype != torch.int64:
+        raise ValueError(f"codebook must be one int64, got {tuple(codebook.shape)}, {codebook.dtype}")
+
+
+def _sample(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    do_sample: Tensor,
+    seed: Tensor,
+    utterance: Tensor,
+    frame: Tensor,
+    codebook: Tensor,
+) -> tuple[Tensor, Tensor]:
+    params = SamplingParams(temperature, top_k, top_p, do_sample)
+    key = NoiseKey(seed, utterance, frame)
+    _checked(logits, params, key, codebook)
+    if not runs_triton(logits, *params, *key, codebook):
+        broken = (logits.isnan() | logits.isposinf()).any(-1) | logits.isneginf().all(-1)
+        noise = gumbel_noise_ref(key, codebook, logits.shape[1])
+        tokens = sample_ref(logits.masked_fill(broken[:, None], 0.0), params, noise)
+        return tokens.masked_fill(broken, 0), broken.to(torch.int32)
+    tokens = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
+    flags = torch.zeros(logits.shape[0], dtype=torch.int32, device=logits.device)
+    launch_sample(logits, params, key, codebook, tokens, flags)
+    return tokens, flags
+
+
+_sample_op = _ops.register(
+    "sample",
+    _sample,
+    lambda logits, temperature, top_k, top_p, do_sample, seed, utterance, frame, codebook: (
+        logits.new_empty(logits.shape[0], dtype=torch.int64),
+        logits.new_empty(logits.shape[0], dtype=torch.int32),
+    ),
+)
+
+
+def sample(logits: Tensor, params: SamplingParams, key: NoiseKey, codebook: Tensor) -> tuple[Tensor, Tensor]:
+    """One token per row by temperature, top-k, top-p and Gumbel-max, or the argmax; the noise is made in the kernel.
+
+    Args:
+        logits: ``[B, V]`` fp32, bf16 or fp16, unit stride in the last dimension; V at most 65536. Minus infinity is never
+            drawn.
+        params: one entry per row, contiguous.
+        key: one entry per row, contiguous.
+        codebook: one int64, on the device as all the others.
+
+    Returns:
+        tokens: ``[B]`` int64, those of :func:`sample_ref` and :func:`gumbel_noise_ref` but where two sums of score and
+            noise, or a mass and ``top_p``, are equal to the last bits of fp32. A row's token depends on no other row.
+        flags: ``[B]`` int32, 1 where a row has a NaN, plus infinity or nothing finite; its token is 0.
+
+    Raises:
+        ValueError: shapes, dtypes or strides do not fit; the message names the argument.
+
+    Example:
+        >>> params = SamplingParams(*(torch.tensor([x] * 2) for x in (0.9, 50, 1.0, True)))
+        >>> key = NoiseKey(*(torch.tensor([7, 7]) for _ in range(3)))
+        >>> sample(torch.randn(2, 2051), params, key, torch.tensor(0))[0].shape
+        torch.Size([2])
+
+    Source: Gumbel-max by Gumbel (1954); Philox by Salmon et al. (SC 2011). Not yet run on a GPU.
+    """
+    return _sample_op(logits, *params, *key, codebook)
 
 
 def _mul_hi_lo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:

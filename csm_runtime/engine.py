@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from csm_kernels import NoiseKey, SamplingParams, rms_norm_ref
+from csm_kernels.norm import rms_norm_ref
+from csm_kernels.sampling import NoiseKey, SamplingParams
 from csm_runtime import compiling, graphs
 from csm_runtime.adapters.spec import ModelSpec, RotaryTables, StackSpec
 from csm_runtime.kv import State

@@ -16,22 +16,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from csm_kernels import (
-    NoiseKey,
-    QuantWeight,
-    SamplingParams,
-    apply_rope_ref,
-    attention_step_library,
-    attention_step_ref,
-    embed_frame_ref,
-    gemv_library,
-    gemv_streamed,
-    gumbel_noise_ref,
-    rms_norm_ref,
-    sample_bisected,
-    sample_ref,
-    swiglu_ref,
-)
+from csm_kernels.attention import attention_step_library, attention_step_ref
+from csm_kernels.embed import embed_frame_ref
+from csm_kernels.gemv import gemv_library, gemv_streamed
+from csm_kernels.norm import rms_norm_ref
+from csm_kernels.quant import QuantWeight
+from csm_kernels.rope import apply_rope_ref
+from csm_kernels.sampling import NoiseKey, SamplingParams, gumbel_noise_ref, sample_bisected, sample_ref
+from csm_kernels.swiglu import swiglu_ref
 from csm_runtime.weights import Layer, Linear, Stack
 
 

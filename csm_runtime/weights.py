@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from csm_kernels import QuantWeight, quantize_int8
+from csm_kernels.quant import QuantWeight, quantize_int8
 from csm_runtime.adapters.spec import LayerWeights, LinearWeights, ModelWeights
 from csm_runtime.precision import PrecisionPolicy
 

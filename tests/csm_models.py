@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csm_kernels import dequantize, quantize_int8
+from csm_kernels.quant import dequantize, quantize_int8
 
 TEXT_VOCAB = 96
 TEXT_IDS = 80

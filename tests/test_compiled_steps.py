@@ -9,7 +9,8 @@ import torch
 from csm_models import build, on_fast_path, stock, text_prompt
 from torch import Tensor
 
-from csm_kernels import gemv_ref, gemv_streamed, quantize_int8
+from csm_kernels.gemv import gemv_ref, gemv_streamed
+from csm_kernels.quant import quantize_int8
 from csm_kernels.testing import assert_close
 from csm_runtime import accelerate, engine
 from csm_runtime.compiling import compile_step

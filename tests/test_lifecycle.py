@@ -27,7 +27,7 @@ from csm_models import (
 from test_bad_input import LoraLinear
 from torch import nn
 
-from csm_kernels import QuantWeight
+from csm_kernels.quant import QuantWeight
 from csm_runtime import PrecisionPolicy, accelerate
 from csm_runtime.weights import _fingerprint
 

@@ -9,7 +9,8 @@ import torch
 from csm_models import CONFIGS, build, int8_twin, on_fast_path, stock, teacher_forced, text_prompt
 from transformers.cache_utils import DynamicCache
 
-from csm_kernels import QuantWeight, dequantize, gemv_library, gemv_ref, gemv_streamed, quantize_int8
+from csm_kernels.gemv import gemv_library, gemv_ref, gemv_streamed
+from csm_kernels.quant import QuantWeight, dequantize, quantize_int8
 from csm_kernels.testing import assert_close, sqnr_db
 from csm_runtime import PrecisionPolicy, accelerate
 from csm_runtime.engine import Engine

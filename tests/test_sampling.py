@@ -11,8 +11,7 @@ from scipy import stats
 from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from csm_kernels import NoiseKey, SamplingParams, gumbel_noise_ref, sample_ref
-from csm_kernels.sampling import philox_ref
+from csm_kernels.sampling import NoiseKey, SamplingParams, gumbel_noise_ref, philox_ref, sample_ref
 
 ALPHA = 1e-4
 """A correct sampler fails one of these tests once in ten thousand seeds, and the seeds are fixed."""

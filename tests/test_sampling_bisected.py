@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from csm_kernels import NoiseKey, SamplingParams, gumbel_noise_ref, sample_bisected, sample_ref
+from csm_kernels.sampling import NoiseKey, SamplingParams, gumbel_noise_ref, sample_bisected, sample_ref
 
 
 def noise(rows: int, vocab: int, codebook: int = 3) -> torch.Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from csm_kernels import QuantWeight, dequantize
+from csm_kernels.quant import QuantWeight, dequantize
 from csm_runtime.adapters.spec import (
     LayerWeights,
     LinearWeights,

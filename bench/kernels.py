@@ -1,0 +1,465 @@
+"""Microbenchmarks of every op at CSM-1B's shapes: time, bytes, share of the memory bandwidth measured in the same run.
+
+    python bench/kernels.py                    all ops on the device there is
+    python bench/kernels.py --ops gemv norm    some of them
+
+Runs on pytest-benchmark: each case is one test, each round times our op and, just before it, every rival once, so that a
+machine whose speed moves moves all of them. On CUDA ours are the Triton kernels, timed by ``triton.testing`` with a cold
+L2; on a CPU they are the references under torch.compile, as the engine runs them. An op whose tests fail gets no speed:
+its tests run first. Rivals: the same in eager PyTorch, in torch.compile, and, for norm, rope and swiglu on CUDA,
+liger-kernel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from csm_kernels.attention import attention_step, attention_step_ref
+from csm_kernels.embed import embed_frame, embed_frame_ref
+from csm_kernels.gemv import gemv, gemv_streamed, gemv_swiglu
+from csm_kernels.norm import rms_norm, rms_norm_ref
+from csm_kernels.quant import QuantWeight, dequantize, quantize
+from csm_kernels.rope import apply_rope, apply_rope_ref
+from csm_kernels.rvq import rvq_decode
+from csm_kernels.sampling import NoiseKey, SamplingParams, gumbel_noise_ref, sample, sample_bisected, sample_ref
+from csm_kernels.swiglu import swiglu, swiglu_ref
+from csm_runtime.doctor import machine
+
+ROOT = Path(__file__).parent.parent
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ON_GPU = DEVICE.type == "cuda"
+OPS = ("norm", "rope", "swiglu", "gemv", "attention", "embed", "sampling", "rvq")
+
+
+class Case(NamedTuple):
+    """One op at one shape. ``make()`` gives the variants, callables without arguments, ours first."""
+
+    op: str
+    name: str
+    bytes: int
+    flops: int
+    make: Callable[[], dict[str, Callable[[], Any]]]
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile with a code object and a cache of its own."""
+    torch._dynamo.config.recompile_limit = 256
+    return torch.compile(function, dynamic=False)
+
+
+def variants(
+    ours: Callable[..., Any],
+    reference: Callable[..., Any],
+    eager: Callable[..., Any],
+    inputs: list[tuple[Any, ...]],
+    **more: Callable[..., Any],
+) -> dict[str, Callable[[], Any]]:
+    """Ours, eager and compiled eager over a ring of inputs large enough to miss the caches."""
+    found = {"ours": ours if ON_GPU else compiled(reference), "eager": eager, "compile": compiled(eager), **more}
+
+    def ring(function: Callable[..., Any]) -> Callable[[], Any]:
+        turn = iter(range(1 << 60))
+        return lambda: function(*inputs[next(turn) % len(inputs)])
+
+    return {name: ring(function) for name, function in found.items()}
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(*shape, device=DEVICE).to(dtype)
+
+
+def _liger(name: str) -> Any:
+    """An op of liger-kernel, None where it is not installed or there is no GPU for it."""
+    if not ON_GPU:
+        return None
+    try:
+        from liger_kernel.transformers import functional as liger
+    except ImportError:
+        return None
+    return getattr(liger, name, None)
+
+
+def norm_case(rows: int, width: int) -> Case:
+    def make() -> dict[str, Callable[[], Any]]:
+        weight = normal(width)
+
+        def eager(x: Tensor) -> Tensor:
+            wide = x.float()
+            return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(x.dtype)
+
+        liger = _liger("liger_rms_norm")
+        more = {} if liger is None else {"liger": lambda x: liger(x, weight, 1e-5)}
+        inputs = [(normal(rows, width),) for _ in range(4)]
+        ours = lambda x: rms_norm(x, weight, 1e-5)  # noqa: E731
+        return variants(ours, lambda x: rms_norm_ref(x, weight, 1e-5).to(x.dtype), eager, inputs, **more)
+
+    return Case("norm", f"rms_norm {rows} x {width} bf16", 4 * rows * width + 2 * width, 4 * rows * width, make)
+
+
+def rope_case(rows: int, heads: int, dim: int) -> Case:
+    def make() -> dict[str, Callable[[], Any]]:
+        angle = torch.randn(2048, dim // 2, device=DEVICE)
+        cos, sin = (torch.cat([t, t], -1) for t in (angle.cos(), angle.sin()))
+        positions = torch.arange(rows, device=DEVICE)
+
+        def eager(x: Tensor) -> Tensor:
+            half = torch.cat([-x[..., dim // 2 :], x[..., : dim // 2]], -1)
+            return x * cos[positions][:, None].to(x.dtype) + half * sin[positions][:, None].to(x.dtype)
+
+        liger = _liger("liger_rope")
+
+        def rival(x: Tensor) -> Any:
+            tables = (t[positions][None].to(x.dtype) for t in (cos, sin))
+            heads_first = x.transpose(0, 1)[None]
+            return liger(heads_first, heads_first[:, :1], *tables)
+
+        more = {} if liger is None else {"liger": rival}
+        inputs = [(normal(rows, heads, dim),) for _ in range(4)]
+        reference = lambda x: apply_rope_ref(x, cos[positions], sin[positions]).to(x.dtype)  # noqa: E731
+        return variants(lambda x: apply_rope(x, cos, sin, positions), reference, eager, inputs, **more)
+
+    size = rows * heads * dim
+    return Case("rope", f"rope {rows} x {heads} x {dim} bf16", 4 * size + 8 * rows * dim, 4 * size, make)
+
+
+def swiglu_case(rows: int, width: int) -> Case:
+    def make() -> dict[str, Callable[[], Any]]:
+        liger = _liger("liger_swiglu")
+        more = {} if liger is None else {"liger": liger}
+        inputs = [(normal(rows, width), normal(rows, width)) for _ in range(4)]
+        reference = lambda g, u: swiglu_ref(g, u).to(g.dtype)  # noqa: E731
+        return variants(swiglu, reference, lambda g, u: functional.silu(g) * u, inputs, **more)
+
+    return Case("swiglu", f"swiglu {rows} x {width} bf16", 6 * rows * width, 6 * rows * width, make)
+
+
+def _weights(height: int, width: int, fmt: str) -> tuple[list[Any], int]:
+    """Enough matrices of a format to miss every cache, and the bytes of one."""
+    per = height * width * 2
+    count = max(2, -(-(256 << 20) // per))
+    plain = [normal(height, width) * width**-0.5 for _ in range(count)]
+    if fmt == "bf16":
+        return plain, per
+    packed = [quantize(w, fmt) for w in plain]
+    return packed, sum(t.numel() * t.element_size() for t in packed[0] if isinstance(t, Tensor))
+
+
+def gemv_case(rows: int, height: int, width: int, fmt: str) -> Case:
+    stored = {"bf16": 16, "int8": 8, "fp8": 8, "int4": 4.25}[fmt] * height * width / 8
+
+    def make() -> dict[str, Callable[[], Any]]:
+        weights, _ = _weights(height, width, fmt)
+        x = normal(rows, width, dtype=torch.float32)
+
+        def eager(weight: Any) -> Tensor:
+            if isinstance(weight, QuantWeight):
+                return functional.linear(x, dequantize(weight))
+            return functional.linear(x.to(weight.dtype), weight)
+
+        return variants(lambda w: gemv(x, w), lambda w: gemv_streamed(x, w), eager, [(w,) for w in weights])
+
+    return Case("gemv", f"gemv {rows} x {height} x {width} {fmt}", int(stored), 2 * rows * height * width, make)
+
+
+def mlp_case(height: int, width: int, fmt: str) -> Case:
+    stored = {"bf16": 16, "int8": 8, "fp8": 8, "int4": 4.25}[fmt] * 2 * height * width / 8
+
+    def make() -> dict[str, Callable[[], Any]]:
+        weights, _ = _weights(height, width, fmt)
+        x = normal(1, width, dtype=torch.float32)
+
+        def eager(gate: Any, up: Any) -> Tensor:
+            both = [dequantize(w) if isinstance(w, QuantWeight) else w for w in (gate, up)]
+            narrow = x.to(both[0].dtype)
+            return functional.silu(functional.linear(narrow, both[0])) * functional.linear(narrow, both[1])
+
+        pairs = list(zip(weights, [*weights[1:], weights[0]]))
+        reference = lambda g, u: swiglu_ref(gemv_streamed(x, g), gemv_streamed(x, u))  # noqa: E731
+        return variants(lambda g, u: gemv_swiglu(x, g, u), reference, eager, pairs)
+
+    return Case("gemv", f"gate and up 1 x {height} x {width} {fmt}", int(stored), 4 * height * width, make)
+
+
+def attention_case(heads: int, groups: int, dim: int, capacity: int, length: int) -> Case:
+    def make() -> dict[str, Callable[[], Any]]:
+        lengths = torch.full((1,), length, device=DEVICE)
+        bias = torch.zeros(1, capacity, device=DEVICE).masked_fill(
+            torch.arange(capacity, device=DEVICE) >= length, -1e30
+        )
+        q = normal(1, heads, dim, dtype=torch.float32)
+        caches = [(normal(1, groups, capacity, dim), normal(1, groups, capacity, dim)) for _ in range(16)]
+
+        def eager(k: Tensor, v: Tensor) -> Tensor:
+            mask = bias[:, None, None].to(k.dtype)
+            query = q[:, :, None].to(k.dtype)
+            return functional.scaled_dot_product_attention(query, k, v, attn_mask=mask, enable_gqa=True)
+
+        ours = lambda k, v: attention_step(q, k, v, lengths)  # noqa: E731
+        return variants(ours, lambda k, v: attention_step_ref(q, k, v, bias), eager, caches)
+
+    name = f"attention {heads}/{groups} x {dim}, {length} of {capacity} bf16"
+    return Case("attention", name, 4 * groups * length * dim, 4 * heads * length * dim, make)
+
+
+def embed_case(width: int) -> Case:
+    def make() -> dict[str, Callable[[], Any]]:
+        table = normal(32 * 2051, width)
+        codes = [(torch.randint(0, 2051, (1, 32), device=DEVICE),) for _ in range(16)]
+        offsets = torch.arange(32, device=DEVICE) * 2051
+        reference = lambda c: embed_frame_ref(c, table, 2051).to(table.dtype)  # noqa: E731
+        return variants(lambda c: embed_frame(c, table, 2051), reference, lambda c: table[c + offsets].sum(1), codes)
+
+    return Case("embed", f"embed 32 codes x {width} bf16", 2 * 33 * width, 32 * width, make)
+
+
+def sampling_case(vocab: int, top_k: int, top_p: float) -> Case:
+    def make() -> dict[str, Callable[[], Any]]:
+        def full(value: float, dtype: torch.dtype) -> Tensor:
+            return torch.full((1,), value, dtype=dtype, device=DEVICE)
+
+        params = SamplingParams(
+            full(0.9, torch.float32), full(top_k, torch.int64), full(top_p, torch.float32), full(1, torch.bool)
+        )
+        key = NoiseKey(*(full(value, torch.int64) for value in (7, 0, 3)))
+        codebook = full(5, torch.int64)
+        rows = [(normal(1, vocab, dtype=torch.float32) * 3,) for _ in range(16)]
+
+        def stock(logits: Tensor) -> Tensor:
+            """What transformers' warpers and multinomial do."""
+            scores = logits / 0.9
+            scores = scores.masked_fill(scores < torch.topk(scores, top_k).values[..., -1:], float("-inf"))
+            return torch.multinomial(torch.softmax(scores, -1), 1)
+
+        reference = lambda l: sample_bisected(l, params, gumbel_noise_ref(key, codebook, vocab))  # noqa: E731
+        sorted_ = compiled(lambda l: sample_ref(l, params, gumbel_noise_ref(key, codebook, vocab)))
+        return variants(lambda l: sample(l, params, key, codebook), reference, stock, rows, **{"with a sort": sorted_})
+
+    return Case("sampling", f"sample {vocab}, top-k {top_k}, top-p {top_p}", 4 * vocab, 100 * vocab, make)
+
+
+def rvq_case(frames: int) -> Case:
+    def make() -> dict[str, Callable[[], Any]]:
+        books = normal(32, 2048, 256, dtype=torch.float32)
+        first, rest = (normal(512, 256, dtype=torch.float32) for _ in range(2))
+        codes = [(torch.randint(0, 2048, (1, 32, frames), device=DEVICE),) for _ in range(8)]
+
+        def eager(c: Tensor) -> Tensor:
+            vectors = torch.stack([functional.embedding(c[:, k], books[k]) for k in range(32)], 1)
+            both = (functional.linear(vectors[:, 0], first), functional.linear(vectors[:, 1:].sum(1), rest))
+            return (both[0] + both[1]).transpose(1, 2)
+
+        return variants(lambda c: rvq_decode(c, books, first, rest), eager, eager, codes)
+
+    size = 4 * (32 * 256 * frames + 2 * 512 * 256 + 512 * frames)
+    return Case("rvq", f"rvq 32 codes x {frames} frames fp32", size, 2 * 2 * 512 * 256 * frames, make)
+
+
+CASES = [
+    norm_case(1, 2048),
+    norm_case(512, 2048),
+    rope_case(1, 32, 64),
+    rope_case(512, 32, 64),
+    swiglu_case(1, 8192),
+    swiglu_case(512, 8192),
+    *(mlp_case(8192, 1024, fmt) for fmt in ("bf16", "int8", "fp8", "int4") if ON_GPU or fmt in ("bf16", "int8")),
+    *(gemv_case(1, 1024, 8192, fmt) for fmt in ("bf16", "int8", "fp8", "int4") if ON_GPU or fmt in ("bf16", "int8")),
+    gemv_case(1, 2051, 1024, "bf16"),
+    gemv_case(1, 2048, 2048, "bf16"),
+    gemv_case(8, 1024, 8192, "bf16"),
+    attention_case(32, 8, 64, 2048, 512),
+    attention_case(8, 2, 128, 32, 32),
+    embed_case(2048),
+    sampling_case(2051, 50, 1.0),
+    rvq_case(1),
+    rvq_case(125),
+]
+
+
+def bandwidth() -> float:
+    """GB/s of a streaming read larger than every cache, median of 7."""
+    size = (2 << 30) if ON_GPU else (512 << 20)
+    buffer = bandwidth.__dict__.setdefault("buffer", torch.ones(size // 4, device=DEVICE))
+    times = []
+    for _ in range(7):
+        start = _now()
+        buffer.sum()
+        times.append(_now() - start)
+    return size / statistics.median(times) / 1e9
+
+
+def _now() -> float:
+    if ON_GPU:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _once(function: Callable[[], Any]) -> float:
+    """Seconds of one call: by CUDA events on a cold L2, or by the wall clock."""
+    if ON_GPU:
+        from triton.testing import do_bench
+
+        return float(do_bench(function, warmup=5, rep=20, return_mode="median")) / 1e3
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_speed(case: Case, benchmark: Any) -> None:
+    """Time one case; what it found is in the benchmark's ``extra_info``."""
+    chosen = os.environ.get("CSM_BENCH_OPS")
+    if chosen and case.op not in chosen.split():
+        pytest.skip("not asked for")
+    rounds = 15 if ON_GPU else 41
+    with torch.inference_mode():
+        made = case.make()
+        ours, rivals = made.pop("ours"), made
+        for function in (ours, *rivals.values()):
+            for _ in range(3):
+                function()
+        times: dict[str, list[float]] = {name: [] for name in ("ours", *rivals)}
+        speeds = [bandwidth()]
+
+        def rivals_and_events() -> None:
+            for name, function in rivals.items():
+                times[name].append(_once(function))
+            if ON_GPU:
+                times["ours"].append(_once(ours))
+
+        benchmark.pedantic(ours, setup=rivals_and_events, rounds=rounds, iterations=1)
+        speeds.append(bandwidth())
+    if not ON_GPU:
+        times["ours"] = list(benchmark.stats.stats.data)
+    benchmark.extra_info.update(
+        op=case.op,
+        case=case.name,
+        bytes=case.bytes,
+        flops=case.flops,
+        bandwidth=statistics.median(speeds) * 1e9,
+        seconds={name: statistics.median(found) for name, found in times.items()},
+    )
+
+
+def green(op: str) -> bool:
+    """Whether the op's own tests pass here: on the GPU, or under Triton's interpreter."""
+    environment = os.environ | ({} if ON_GPU else {"TRITON_INTERPRET": "1"})
+    tests = [ROOT / "tests" / "kernels" / f"test_{op}.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:benchmark", *map(str, tests)]
+    return subprocess.run(command, check=False, env=environment, cwd=ROOT, capture_output=True).returncode == 0
+
+
+def row(info: dict[str, Any]) -> dict[str, Any]:
+    """One line of the result."""
+    seconds = info["seconds"]
+    ours = seconds["ours"]
+    return {
+        "op": info["op"],
+        "case": info["case"],
+        "bytes": info["bytes"],
+        "flops": info["flops"],
+        "us": ours * 1e6,
+        "gb_per_s": info["bytes"] / ours / 1e9,
+        "share_of_bandwidth": info["bytes"] / ours / info["bandwidth"],
+        "gflop_per_s": info["flops"] / ours / 1e9,
+        "us_of": {name: value * 1e6 for name, value in seconds.items() if name != "ours"},
+        "speed_up_over": {name: value / ours for name, value in seconds.items() if name != "ours"},
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as Markdown."""
+    rivals = sorted({name for line in result["rows"] for name in line["us_of"]})
+    head = ["op", "bytes", "us", "GB/s", "share", *(f"over {name}" for name in rivals)]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for line in result["rows"]:
+        ratios = [f"{line['speed_up_over'][n]:.2f}x" if n in line["speed_up_over"] else "" for n in rivals]
+        figures = [
+            f"{line['bytes']:,}",
+            f"{line['us']:.1f}",
+            f"{line['gb_per_s']:.1f}",
+            f"{line['share_of_bandwidth']:.0%}",
+        ]
+        lines.append("| " + " | ".join([line["case"], *figures, *ratios]) + " |")
+    lines += [f"| {op}: tests fail, no speed given |" + " |" * (len(head) - 1) for op in result["red"]]
+    return "\n".join(lines)
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Roofline: what each case reaches against arithmetic intensity, under the measured bandwidth."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    intensity = [line["flops"] / line["bytes"] for line in result["rows"]]
+    for op in OPS:
+        points = [(x, line["gflop_per_s"]) for x, line in zip(intensity, result["rows"]) if line["op"] == op]
+        if points:
+            axes.scatter(*zip(*points), label=op, zorder=3)
+    ends = [min(intensity) / 2, max(intensity) * 2]
+    speed = result["bandwidth_gb_per_s"]
+    axes.plot(ends, [speed * x for x in ends], color="black", label=f"memory, {speed:.0f} GB/s measured")
+    axes.set(xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="GFLOP/s", title=result["device"])
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS))
+    parser.add_argument("--out", type=Path, default=None, help="folder of the results, default bench/results")
+    args = parser.parse_args(argv)
+    asked = [op for op in OPS if op in args.ops]
+    passing = [op for op in asked if green(op)]
+    for op in asked:
+        print(f"{op}: tests {'pass' if op in passing else 'FAIL, no speed will be given'}", file=sys.stderr, flush=True)
+    infos: list[dict[str, Any]] = []
+    if passing:
+        with tempfile.TemporaryDirectory() as folder:
+            found = Path(folder) / "benchmark.json"
+            os.environ["CSM_BENCH_OPS"] = " ".join(passing)
+            command = [__file__, "-q", "-p", "no:cacheprovider", f"--benchmark-json={found}", "--benchmark-quiet"]
+            status = pytest.main([*command, f"--rootdir={ROOT}"])
+            if status != 0:
+                return int(status)
+            infos = [entry["extra_info"] for entry in json.loads(found.read_text())["benchmarks"]]
+    device = torch.cuda.get_device_name() if ON_GPU else "cpu"
+    result = {
+        "machine": machine(),
+        "device": f"{device}, {'Triton kernels' if ON_GPU else 'compiled references; Triton kernels not yet run on a GPU'}",
+        "bandwidth_gb_per_s": statistics.median([i["bandwidth"] for i in infos]) / 1e9 if infos else None,
+        "red": [op for op in asked if op not in passing],
+        "rows": [row(info) for info in infos],
+    }
+    print(table(result))
+    folder = args.out or Path(__file__).parent / "results"
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = folder / f"kernels-{device.lower().replace(' ', '-')}"
+    stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    if infos:
+        plot(result, stem.with_suffix(".png"))
+    print(f"written to {stem}.json")
+    return 1 if result["red"] else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,346 @@
+"""The torch.compile backend "csm": a stock CSM graph with our ops in place of the stock ones, the rest left to Inductor.
+
+    compiled = torch.compile(model.backbone_model, backend="csm")
+
+It finds norms, rotations, SwiGLUs, single-step attention and few-row products by what they compute, not by module names,
+so a vendored copy of the stock code is rewritten too. On CUDA tensors they become Triton kernels, elsewhere the
+references, written into the graph for Inductor to fuse. What has no backward is left alone where gradients are wanted.
+:func:`replaced` counts.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import operator
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional
+
+from csm_kernels.attention import attention_step, attention_step_ref
+from csm_kernels.gemv import gemv, gemv_streamed
+from csm_kernels.norm import rms_norm, rms_norm_ref
+from csm_kernels.rope import apply_rope
+from csm_kernels.swiglu import swiglu, swiglu_ref
+
+logger = logging.getLogger("csm_runtime")
+
+_MAX_GEMV_ROWS = 16
+_MIN_ROTARY_DIM = 2
+_counts: Counter[str] = Counter()
+
+
+def csm(graph: fx.GraphModule, example_inputs: list[Any], **options: Any) -> Callable[..., Any]:
+    """Compile a graph Dynamo captured; ``torch.compile(..., backend="csm")`` calls this.
+
+    Args:
+        graph: the captured graph; rewritten in place.
+        example_inputs: its inputs, fake tensors.
+        options: ``options={...}`` of torch.compile, handed to Inductor.
+    """
+    from torch._inductor.compile_fx import compile_fx
+
+    counts = rewrite(graph)
+    _counts.update(counts)
+    logger.info("backend csm replaced %s", dict(counts) or "nothing")
+    return compile_fx(graph, example_inputs, config_patches=options.get("options"))
+
+
+def replaced() -> dict[str, int]:
+    """How many sites were replaced in this process, by op: ``rms_norm``, ``rope``, ``swiglu``, ``attention``, ``gemv``."""
+    return dict(_counts)
+
+
+def rewrite(graph: fx.GraphModule) -> Counter[str]:
+    """Replace what is recognised, in place; returns the number of sites by op."""
+    counts: Counter[str] = Counter()
+    training = torch.is_grad_enabled() and any(
+        isinstance(value, Tensor) and value.requires_grad for value in map(_value, graph.graph.nodes)
+    )
+    rules: list[tuple[str, Callable[[fx.Node], Replacement | None]]] = [
+        ("rms_norm", _match_norm),
+        ("rope", _match_rope),
+        ("swiglu", _match_swiglu),
+    ]
+    if not training:
+        rules += [("attention", _match_attention), ("gemv", _match_linear)]
+    for name, match in rules:
+        for node in list(graph.graph.nodes):
+            found = match(node)
+            if found is None:
+                continue
+            function, args = found
+            with graph.graph.inserting_before(node):
+                new = graph.graph.call_function(function, args)
+            new.meta.update({key: value for key, value in node.meta.items() if key in ("example_value", "val")})
+            node.replace_all_uses_with(new)
+            counts[name] += 1
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return counts
+
+
+Replacement = tuple[Callable[..., Any], tuple[Any, ...]]
+
+
+# ------------------------------------------------------------------------------------------- what a graph calls by
+
+
+def _value(node: Any) -> Any:
+    """The fake tensor of a node."""
+    if not isinstance(node, fx.Node):
+        return node
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
+def _is(node: Any, *targets: Any) -> bool:
+    """Whether a node calls one of these functions, or a method of this name."""
+    return isinstance(node, fx.Node) and node.op in ("call_function", "call_method") and node.target in targets
+
+
+def _two(node: Any, *targets: Any) -> tuple[Any, Any] | None:
+    """Both operands of a binary call."""
+    return (node.args[0], node.args[1]) if _is(node, *targets) and len(node.args) == 2 else None
+
+
+_MUL = (operator.mul, operator.imul, torch.mul, "mul")
+_ADD = (operator.add, operator.iadd, torch.add, "add")
+_CASTS = ("to", "float", "type_as", "type")
+
+
+def _uncast(node: Any) -> Any:
+    """What a chain of dtype casts started from."""
+    while _is(node, *_CASTS):
+        value, source = _value(node), _value(node.args[0])
+        if not isinstance(source, Tensor) or not isinstance(value, Tensor) or source.device != value.device:
+            break
+        node = node.args[0]
+    return node
+
+
+def _either(pair: tuple[Any, Any], test: Callable[[Any], Any]) -> tuple[Any, Any] | None:
+    """``(test(one), other)`` for the operand that passes, in either order."""
+    for one, other in (pair, pair[::-1]):
+        found = test(one)
+        if found is not None:
+            return found, other
+    return None
+
+
+# --------------------------------------------------------------------------------------------------------- the rules
+
+
+def _match_norm(node: fx.Node) -> Replacement | None:
+    """``weight * cast(x * rsqrt(mean(x ** 2) + eps))``."""
+    pair = _two(node, *_MUL)
+    if pair is None:
+        return None
+    found = _either(pair, lambda operand: _normalised(_uncast(operand)))
+    if found is None:
+        return None
+    (x, eps), weight = found
+    value, weights = _value(x), _value(weight)
+    if not isinstance(weights, Tensor) or not isinstance(value, Tensor):
+        return None
+    result = _value(node)
+    if weights.ndim != 1 or weights.shape[0] != value.shape[-1] or result is None:
+        return None
+    return _rms_norm, (x, weight, eps, result.dtype)
+
+
+def _normalised(node: Any) -> tuple[Any, Any] | None:
+    """``x`` and ``eps`` of ``x * rsqrt(mean(x ** 2, -1, keepdim=True) + eps)``."""
+    pair = _two(node, *_MUL)
+    found = pair and _either(
+        pair, lambda operand: _mean_square(operand) if _is(operand, torch.rsqrt, "rsqrt") else None
+    )
+    if not found:
+        return None
+    (squared, eps), x = found
+    return (_uncast(x), eps) if _uncast(x) is _uncast(squared) else None
+
+
+def _mean_square(rsqrt: fx.Node) -> tuple[Any, Any] | None:
+    pair = _two(rsqrt.args[0], *_ADD)
+    # With dynamic=True Dynamo makes even a module's epsilon an input.
+    if pair is None or not isinstance(_value(pair[1]), (float, torch.SymFloat)):
+        return None
+    mean, eps = pair
+    if not _is(mean, torch.mean, "mean") or not mean.kwargs.get("keepdim", len(mean.args) > 2 and mean.args[2]):
+        return None
+    if mean.args[1:2] not in ((-1,), ([-1],), ((-1,),)) and mean.kwargs.get("dim") not in (-1, [-1], (-1,)):
+        return None
+    square = mean.args[0]
+    if _is(square, torch.pow, "pow", operator.pow) and square.args[1] == 2:
+        return square.args[0], eps
+    if _is(square, torch.square, "square"):
+        return square.args[0], eps
+    product = _two(square, *_MUL)
+    return (product[0], eps) if product and product[0] is product[1] else None
+
+
+def _match_rope(node: fx.Node) -> Replacement | None:
+    """``x * cos + rotate_half(x) * sin`` with ``cos`` and ``sin`` per token, ``[B, 1, T, D]``."""
+    sides = _two(node, *_ADD)
+    if sides is None:
+        return None
+    for left, right in (sides, sides[::-1]):
+        plain, rotated = _two(left, *_MUL), _two(right, *_MUL)
+        if plain is None or rotated is None:
+            continue
+        for half, sin in (rotated, rotated[::-1]):
+            x = _rotated_half(half)
+            if x is None or x not in plain:
+                continue
+            cos = plain[1] if plain[0] is x else plain[0]
+            value, table, other = _value(x), _value(cos), _value(sin)
+            if not all(isinstance(t, Tensor) and t.ndim == 4 for t in (value, table, other)):
+                continue
+            # One angle per token, for all heads: [B or 1, 1, T, D].
+            if table.shape != other.shape or table.shape[1] != 1 or table.shape[2:] != value.shape[2:]:
+                continue
+            return _apply_rope, (x, cos, sin)
+    return None
+
+
+def _rotated_half(node: Any) -> Any:
+    """``x`` of ``cat((-x[..., D/2:], x[..., :D/2]), -1)``."""
+    if not _is(node, torch.cat) or node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None) != -1:
+        return None
+    parts = node.args[0]
+    if len(parts) != 2 or not _is(parts[0], operator.neg, torch.neg, "neg"):
+        return None
+    second, first = parts[0].args[0], parts[1]
+    if not (_is(first, operator.getitem) and _is(second, operator.getitem) and first.args[0] is second.args[0]):
+        return None
+    x = first.args[0]
+    value = _value(x)
+    if not isinstance(value, Tensor) or value.shape[-1] < _MIN_ROTARY_DIM:
+        return None
+    half = value.shape[-1] // 2
+    wanted = (Ellipsis, slice(None, half, None)), (Ellipsis, slice(half, None, None))
+    return x if (first.args[1], second.args[1]) == wanted else None
+
+
+def _match_swiglu(node: fx.Node) -> Replacement | None:
+    """``silu(gate) * up``."""
+    pair = _two(node, *_MUL)
+    found = pair and _either(
+        pair, lambda operand: operand if _is(operand, functional.silu, torch.nn.functional.silu) else None
+    )
+    if not found:
+        return None
+    silu, up = found
+    gate = silu.args[0]
+    if not all(isinstance(_value(t), Tensor) for t in (gate, up)) or _value(gate).shape != _value(up).shape:
+        return None
+    return _swiglu, (gate, up)
+
+
+def _match_attention(node: fx.Node) -> Replacement | None:
+    """``scaled_dot_product_attention`` of one query position over everything it is given."""
+    if not _is(node, functional.scaled_dot_product_attention):
+        return None
+    q, k, v = node.args[:3]
+    options = dict(zip(("attn_mask", "dropout_p", "is_causal"), node.args[3:])) | node.kwargs
+    value = _value(q)
+    if not isinstance(value, Tensor) or value.ndim != 4 or value.shape[-2] != 1:
+        return None
+    usual = value.shape[-1] ** -0.5
+    mask = options.get("attn_mask")
+    if (
+        options.get("dropout_p")
+        or options.get("is_causal")
+        or (mask is not None and not _one_mask(_value(mask), value))
+    ):
+        return None
+    scale = options.get("scale")
+    if scale is not None and (not isinstance(scale, float) or abs(scale - usual) > 1e-6 * usual):
+        return None
+    return _attention, (q, _ungrouped(k), _ungrouped(v), mask)
+
+
+def _one_mask(mask: Any, q: Tensor) -> bool:
+    """Whether a mask says the same for every head, ``[B or 1, 1, 1, C]``, and the op that runs here can take it."""
+    if not isinstance(mask, Tensor) or mask.ndim != 4 or q.is_cuda:
+        return False
+    return mask.shape[1] == 1 and mask.shape[2] == 1
+
+
+def _ungrouped(node: Any) -> Any:
+    """Keys or values before ``repeat_kv`` copied them for every query head of their group."""
+    if not _is(node, "reshape") or not _is(node.args[0], "expand"):
+        return node
+    source = node.args[0].args[0]
+    wanted = (slice(None), slice(None), None, slice(None), slice(None))
+    if _is(source, operator.getitem) and source.args[1] == wanted and _value(source).ndim == 5:
+        return source.args[0]
+    return node
+
+
+def _match_linear(node: fx.Node) -> Replacement | None:
+    """``linear`` of so few rows that its weights' bytes are all that counts: heads and decode steps."""
+    if not _is(node, functional.linear):
+        return None
+    x, weight = node.args[:2]
+    bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+    value, matrix = _value(x), _value(weight)
+    if not isinstance(value, Tensor) or not isinstance(matrix, Tensor) or matrix.ndim != 2 or matrix.stride(-1) != 1:
+        return None
+    # Not Size.numel(): it would turn a symbolic length into the number it has just now.
+    rows = math.prod(value.shape[:-1])
+    if not isinstance(rows, int) or not 1 <= rows <= _MAX_GEMV_ROWS or not value.dtype.is_floating_point:
+        return None
+    return _linear, (x, weight, bias)
+
+
+# --------------------------------------------------------------------------------------- what is put in their place
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    if x.is_cuda:
+        return rms_norm(x, weight, eps).to(dtype)
+    return rms_norm_ref(x, weight, eps).to(dtype)
+
+
+def _apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    batch, heads, tokens, dim = x.shape
+    if not x.is_cuda:
+        wide, (first, second) = x.float(), x.float().chunk(2, -1)
+        return (wide * cos.float() + torch.cat([-second, first], -1) * sin.float()).to(x.dtype)
+    cos, sin = (t.expand(batch, 1, tokens, dim).reshape(batch * tokens, dim).float() for t in (cos, sin))
+    positions = torch.arange(batch * tokens, device=x.device).view(batch, tokens)
+    return apply_rope(x.transpose(1, 2), cos, sin, positions).transpose(1, 2)
+
+
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    if gate.is_cuda:
+        return swiglu(gate, up)
+    return swiglu_ref(gate, up).to(torch.promote_types(gate.dtype, up.dtype))
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    batch, heads, _, dim = q.shape
+    if q.is_cuda:
+        lengths = torch.full((batch,), k.shape[2], dtype=torch.int64, device=q.device)
+        out = attention_step(q[:, :, 0], k, v, lengths)
+    else:
+        bias = torch.zeros(batch, k.shape[2], dtype=torch.float32, device=q.device)
+        if mask is not None:
+            plain = mask[:, 0, 0]
+            bias = bias.masked_fill(~plain, float("-inf")) if plain.dtype == torch.bool else bias + plain.float()
+        out = attention_step_ref(q[:, :, 0].float(), k, v, bias)
+    return out.view(batch, heads, 1, dim).to(q.dtype)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    if x.is_cuda:
+        out = gemv(rows, weight, bias)
+    else:
+        out = gemv_streamed(rows.float(), weight, bias)
+    return out.view(*x.shape[:-1], weight.shape[0]).to(x.dtype)
