@@ -34,7 +34,7 @@ budgets: $(VENV)/.installed-dev
 
 # ttsem wants another Triton and torch than the package is developed with; opcheck and torch.compile need a real device.
 race-check: $(RACE)/.installed
-	$(RACE)/bin/python -m ttsem.sanitize pytest tests/kernels -q -m "not dispatcher" -p no:cacheprovider $(ARGS)
+	CSM_KERNELS_PTX=0 $(RACE)/bin/python -m ttsem.sanitize pytest tests/kernels -q -m "not dispatcher" -p no:cacheprovider $(ARGS)
 
 $(RACE)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(RACE)

@@ -7,7 +7,7 @@ that runs on tensors of every device dispatches inside: Triton kernel or referen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +20,6 @@ def register(
     implementation: Callable[..., Any],
     fake: Callable[..., Any],
     *,
-    mutates: Sequence[str] = (),
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
@@ -30,11 +29,10 @@ def register(
         name: name of the op.
         implementation: tensors in, new tensors out; annotated, for the schema is read from its signature.
         fake: the same signature, on fake tensors.
-        mutates: arguments written in place.
         backward: ``backward(ctx, *grads)``, made of registered ops or of PyTorch ops alone.
         setup_context: ``setup_context(ctx, inputs, output)``.
     """
-    op = torch.library.custom_op(f"{NAMESPACE}::{name}", implementation, mutates_args=tuple(mutates))
+    op = torch.library.custom_op(f"{NAMESPACE}::{name}", implementation, mutates_args=())
     op.register_fake(fake)
     if backward is not None:
         op.register_autograd(backward, setup_context=setup_context)

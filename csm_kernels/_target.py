@@ -12,7 +12,6 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
-    from triton.language.extra import libdevice
 except ImportError:  # Windows, macOS: the references run
 
     class _Absent:
@@ -26,9 +25,8 @@ except ImportError:  # Windows, macOS: the references run
 
     triton: Any = _Absent()  # type: ignore[no-redef]
     tl: Any = triton  # type: ignore[no-redef]
-    libdevice: Any = triton  # type: ignore[no-redef]
 
-__all__ = ["Device", "device_facts", "has_triton", "interpreting", "libdevice", "runs_triton", "tl", "triton"]
+__all__ = ["Device", "device_facts", "has_triton", "inline_ptx", "interpreting", "runs_triton", "tl", "triton"]
 
 
 class Device(NamedTuple):
@@ -38,7 +36,6 @@ class Device(NamedTuple):
     capability: int
     """Compute capability, 90 for sm_90."""
     processors: int
-    l2_bytes: int
 
 
 def has_triton() -> bool:
@@ -55,6 +52,15 @@ def interpreting() -> bool:
 
 
 _INTERPRETING = has_triton() and os.environ.get("TRITON_INTERPRET", "0") == "1"
+_INLINE_PTX = not _INTERPRETING and os.environ.get("CSM_KERNELS_PTX", "1") != "0"
+
+
+def inline_ptx() -> bool:
+    """Whether kernels may hold inline PTX: not under the interpreter, and not where ``CSM_KERNELS_PTX=0``.
+
+    The variable is for tools that simulate Triton programs and do not know PTX.
+    """
+    return _INLINE_PTX
 
 
 def runs_triton(*tensors: Tensor | None) -> bool:
@@ -68,6 +74,4 @@ def runs_triton(*tensors: Tensor | None) -> bool:
 def device_facts(index: int) -> Device:
     """Facts about one CUDA device."""
     found = torch.cuda.get_device_properties(index)
-    return Device(
-        found.name, found.major * 10 + found.minor, found.multi_processor_count, getattr(found, "L2_cache_size", 0)
-    )
+    return Device(found.name, found.major * 10 + found.minor, found.multi_processor_count)

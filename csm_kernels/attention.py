@@ -33,6 +33,7 @@ def _partial_kernel(
     v_scale_ptr,
     lengths_ptr,
     starts_ptr,
+    mask_ptr,
     out_ptr,
     partial_ptr,
     stats_ptr,
@@ -48,12 +49,15 @@ def _partial_kernel(
     k_scale_stride_h,
     v_scale_stride_b,
     v_scale_stride_h,
+    mask_stride_b,
     group,
     width,
     capacity,
     scale,
     QUANTISED: tl.constexpr,
     HAS_STARTS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    ADDED: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -88,6 +92,9 @@ def _partial_kernel(
     for begin in range(first, last, BLOCK_C):
         positions = begin + tl.arange(0, BLOCK_C).to(tl.int64)
         seen = positions < last
+        if HAS_MASK:
+            allowed = tl.load(mask_ptr + batch * mask_stride_b + positions, mask=seen, other=0).to(tl.float32)
+            seen = seen & (allowed != (float("-inf") if ADDED else 0.0))
         # Loaded with all three dimensions of the products: a tile widened later goes through shared memory first.
         mask = seen[None, :, None] & (columns < width)[None, None, :]
         k = k_head + positions[None, :, None] * k_stride_c + columns[None, None, :]
@@ -98,6 +105,8 @@ def _partial_kernel(
         if QUANTISED:
             k_scale = k_scale_ptr + batch * k_scale_stride_b + kv_head * k_scale_stride_h + positions
             scores = scores * tl.load(k_scale, mask=seen, other=0.0)[None, :]
+        if ADDED:
+            scores += allowed[None, :]
         scores = tl.where(seen[None, :], scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 1))
         # Scores of minus infinity alone must not turn into infinity minus infinity while others may follow.
@@ -113,7 +122,10 @@ def _partial_kernel(
 
     row = batch * (group * tl.num_programs(1)) + head
     if SPLITS == 1:
-        out = tl.where(count > 0, values / total[:, None], 0.0)
+        if HAS_MASK:
+            out = tl.where(total[:, None] == 0.0, 0.0, values / total[:, None])
+        else:
+            out = tl.where(count > 0, values / total[:, None], 0.0)
         tl.store(out_ptr + row[:, None] * width + columns[None, :], out, mask=tile_mask)
     else:
         slot = row * SPLITS + split
@@ -133,6 +145,7 @@ def _merge_kernel(
     width,
     capacity,
     HAS_STARTS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -146,7 +159,8 @@ def _merge_kernel(
     total = tl.sum(tl.load(stats_ptr + slots * 2 + 1) * shrink, 0)
     mask = (columns < width)[None, :] & (slots >= 0)[:, None]
     values = tl.load(partial_ptr + slots[:, None] * width + columns[None, :], mask=mask, other=0.0)
-    out = tl.where(count > 0, tl.sum(values * shrink[:, None], 0) / total, 0.0)
+    merged = tl.sum(values * shrink[:, None], 0) / total
+    out = tl.where(total == 0.0 if HAS_MASK else count == 0, 0.0, merged)
     tl.store(out_ptr + row * width + columns, out, mask=columns < width)
 
 
@@ -181,6 +195,7 @@ def launch_attention_step(
     starts: Tensor | None,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
+    mask: Tensor | None,
     workspace: Tensor,
     out: Tensor,
 ) -> None:
@@ -205,6 +220,7 @@ def launch_attention_step(
         v_scale,
         lengths,
         starts,
+        mask,
         out,
         partial,
         stats,
@@ -213,12 +229,15 @@ def launch_attention_step(
         *v_cache.stride()[:3],
         *((0, 0) if k_scale is None else k_scale.stride()[:2]),
         *((0, 0) if v_scale is None else v_scale.stride()[:2]),
+        0 if mask is None else mask.stride(0),
         heads // groups,
         dim,
         capacity,
         dim**-0.5,
         QUANTISED=k_scale is not None,
         HAS_STARTS=starts is not None,
+        HAS_MASK=mask is not None,
+        ADDED=mask is not None and mask.is_floating_point(),
         BLOCK_G=triton.next_power_of_2(heads // groups),
         BLOCK_D=block_d,
         **sizes,
@@ -234,6 +253,7 @@ def launch_attention_step(
             dim,
             capacity,
             HAS_STARTS=starts is not None,
+            HAS_MASK=mask is not None,
             SPLITS=splits,
             BLOCK_D=block_d,
             num_warps=max(1, min(4, splits * block_d // 512)),
@@ -248,6 +268,7 @@ def _checked(
     starts: Tensor | None,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
+    mask: Tensor | None,
 ) -> None:
     if q.ndim != 3 or not q.is_floating_point():
         raise ValueError(f"q must be [B, H, D], floating point, got {tuple(q.shape)}, {q.dtype}")
@@ -279,12 +300,20 @@ def _checked(
                 f"{name} must be [B] int64, contiguous, B = {batch}, got {tuple(where.shape)}, {where.dtype}, strides "
                 f"{tuple(where.stride())}"
             )
+    if mask is not None and (
+        mask.shape != (batch, k_cache.shape[2]) or not (mask.dtype == torch.bool or mask.is_floating_point())
+    ):
+        raise ValueError(
+            f"mask must be [B, C], bool or floating point, {(batch, k_cache.shape[2])}, got {tuple(mask.shape)}, "
+            f"{mask.dtype}"
+        )
     for name, tensor in (
         ("q", q),
         ("k_cache", k_cache),
         ("v_cache", v_cache),
         ("k_scale", k_scale),
         ("v_scale", v_scale),
+        ("mask", mask),
     ):
         if tensor is not None and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
             raise ValueError(
@@ -301,23 +330,24 @@ def _attention_step(
     starts: Tensor | None,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
+    mask: Tensor | None,
 ) -> Tensor:
-    _checked(q, k_cache, v_cache, lengths, starts, k_scale, v_scale)
+    _checked(q, k_cache, v_cache, lengths, starts, k_scale, v_scale, mask)
     batch, heads, dim = q.shape
     if k_cache.numel() == 0 or heads == 0:
         return torch.zeros(batch, heads * dim, dtype=torch.float32, device=q.device)
-    if not runs_triton(q, k_cache, v_cache, lengths, starts, k_scale, v_scale):
-        return attention_lengths_ref(q, k_cache, v_cache, lengths, starts, k_scale, v_scale)
+    if not runs_triton(q, k_cache, v_cache, lengths, starts, k_scale, v_scale, mask):
+        return attention_lengths_ref(q, k_cache, v_cache, lengths, starts, k_scale, v_scale, mask)
     out = torch.empty(batch, heads * dim, dtype=torch.float32, device=q.device)
     workspace = torch.empty(workspace_size(q, k_cache), dtype=torch.float32, device=q.device)
-    launch_attention_step(q, k_cache, v_cache, lengths, starts, k_scale, v_scale, workspace, out)
+    launch_attention_step(q, k_cache, v_cache, lengths, starts, k_scale, v_scale, mask, workspace, out)
     return out
 
 
 _attention_step_op = _ops.register(
     "attention_step",
     _attention_step,
-    lambda q, k_cache, v_cache, lengths, starts, k_scale, v_scale: q.new_empty(
+    lambda q, k_cache, v_cache, lengths, starts, k_scale, v_scale, mask: q.new_empty(
         q.shape[0], q.shape[1] * q.shape[2], dtype=torch.float32
     ),
 )
@@ -331,6 +361,7 @@ def attention_step(
     starts: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """One query position per row against the keys and values of ``starts[b] <= c < lengths[b]``, in fp32.
 
@@ -343,12 +374,14 @@ def attention_step(
         starts: ``[B]`` int64: where it begins, after the left padding; 0 where not given.
         k_scale: ``[B, KV, C]`` fp32: what a position's int8 keys are multiplied by; for int8 caches only.
         v_scale: the same for the values.
+        mask: ``[B, C]``, what in the window a row looks at: bool, True where it does, or floating point, added to the
+            scores. All of it where not given.
 
     All but ``lengths`` and ``starts`` may have any strides with unit stride in the last dimension. Nothing outside the
-    window is read. Not differentiable.
+    window, or masked, is read. Not differentiable.
 
     Returns:
-        ``[B, H * D]`` fp32, contiguous. A row with nothing to look at, ``lengths[b] <= starts[b]``, gives zeros.
+        ``[B, H * D]`` fp32, contiguous. A row with nothing to look at gives zeros.
 
     Raises:
         ValueError: shapes, dtypes or strides do not fit; the message names the argument.
@@ -360,7 +393,7 @@ def attention_step(
 
     Source: Dao et al., Flash-Decoding for long-context inference (2023). Not yet run on a GPU.
     """
-    return _attention_step_op(q, k_cache, v_cache, lengths, starts, k_scale, v_scale)
+    return _attention_step_op(q, k_cache, v_cache, lengths, starts, k_scale, v_scale, mask)
 
 
 def attention_lengths_ref(
@@ -371,19 +404,26 @@ def attention_lengths_ref(
     starts: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """The specification of :func:`attention_step`: its window as a bias for :func:`attention_step_ref`."""
+    """The specification of :func:`attention_step`: its window and its mask as a bias for :func:`attention_step_ref`."""
     position = torch.arange(k_cache.shape[2], device=q.device)[None, :]
     seen = position < lengths[:, None]
     if starts is not None:
         seen = seen & (position >= starts[:, None])
+    added = torch.zeros((), dtype=torch.float32, device=q.device)
+    if mask is not None and mask.dtype == torch.bool:
+        seen = seen & mask
+    elif mask is not None:
+        added = mask.float()
+        seen = seen & (added != float("-inf"))
     # What lies outside the window may be NaN, which a weight of zero would let through.
     k, v = (
         torch.where(seen[:, None, :, None], cache.float() if scale is None else cache.float() * scale[..., None], 0.0)
         for cache, scale in ((k_cache, k_scale), (v_cache, v_scale))
     )
     some = seen.any(-1, keepdim=True)
-    bias = torch.where(seen | ~some, 0.0, float("-inf"))
+    bias = torch.where(seen, added, torch.where(some, float("-inf"), 0.0))
     return torch.where(some, attention_step_ref(q.float(), k, v, bias), 0.0)
 
 

@@ -24,7 +24,7 @@ from csm_kernels._compiled import in_memory
 from csm_kernels._target import runs_triton
 from csm_kernels.gemv_kernel import MAX_ROWS, launch_gemv, launch_gemv_swiglu, workspace_size
 from csm_kernels.norm import rms_norm_ref
-from csm_kernels.quant import Padding, QuantWeight, dequantize, format_of
+from csm_kernels.quant import QuantWeight, dequantize, format_of
 from csm_kernels.swiglu import swiglu_ref
 
 _MAX_UNROLLED_ROWS = 16
@@ -91,12 +91,12 @@ def gemv_library(x: Tensor, weight: Tensor | QuantWeight, bias: Tensor | None = 
 def _unpacked(weight: Tensor | QuantWeight) -> tuple[Tensor, Tensor | None, int]:
     """As a registered op takes it: tensors and a number."""
     if isinstance(weight, QuantWeight):
-        return weight.data, weight.scale, weight.padding.columns
+        return weight.data, weight.scale, weight.padding
     return weight, None, 0
 
 
 def _packed(data: Tensor, scale: Tensor | None, padding: int) -> Tensor | QuantWeight:
-    return data if scale is None else QuantWeight(data, scale, Padding(padding))
+    return data if scale is None else QuantWeight(data, scale, padding)
 
 
 def _checked_weight(x: Tensor, weight: Tensor | QuantWeight, name: str) -> None:

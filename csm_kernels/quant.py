@@ -20,20 +20,6 @@ _SCALE_DTYPE = torch.bfloat16
 _NAMES = {torch.int8: "int8", torch.uint8: "int4", torch.float8_e4m3fn: "fp8"}
 
 
-class Padding(NamedTuple):
-    """How many columns int4 added to fill a row's last group; 0 for the other formats."""
-
-    columns: int = 0
-
-    def numel(self) -> int:
-        """0: whoever adds up the bytes of a weight's members counts none here."""
-        return 0
-
-    def element_size(self) -> int:
-        """0, as :meth:`numel`."""
-        return 0
-
-
 class QuantWeight(NamedTuple):
     """A quantised weight matrix ``[N, K]``, or a stack of them; the format is what the dtype of ``data`` says.
 
@@ -52,13 +38,14 @@ class QuantWeight(NamedTuple):
 
     data: Tensor
     scale: Tensor
-    padding: Padding = Padding()
+    padding: int = 0
+    """How many columns int4 added to fill a row's last group."""
 
     @property
     def width(self) -> int:
         """K, the columns of the matrix it stands for."""
         stored = self.data.shape[-1]
-        return 2 * stored - self.padding.columns if self.data.dtype == torch.uint8 else stored
+        return 2 * stored - self.padding if self.data.dtype == torch.uint8 else stored
 
     @property
     def group(self) -> int:
@@ -66,6 +53,11 @@ class QuantWeight(NamedTuple):
         if self.data.dtype != torch.uint8:
             return self.data.shape[-1]
         return 2 * self.data.shape[-1] // self.scale.shape[self.data.ndim - 1]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of codes and scales together."""
+        return self.data.nbytes + self.scale.nbytes
 
     @property
     def symmetric(self) -> bool:
@@ -191,7 +183,7 @@ def _int4(rows: Tensor, group: int, symmetric: bool) -> QuantWeight:
     groups = rows.unflatten(-1, (-1, group))
     codes, scale = _symmetric_codes(groups) if symmetric else _asymmetric_codes(groups)
     low, high = codes.to(torch.uint8).chunk(2, dim=-1)
-    return QuantWeight((low | high << 4).flatten(-2), scale, Padding(extra))
+    return QuantWeight((low | high << 4).flatten(-2), scale, extra)
 
 
 def _symmetric_codes(groups: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from csm_kernels.attention import attention_step, attention_step_ref
+from csm_kernels.attention import attention_lengths_ref, attention_step
 from csm_kernels.gemv import gemv, gemv_streamed
 from csm_kernels.norm import rms_norm, rms_norm_ref
-from csm_kernels.rope import apply_rope
+from csm_kernels.rope import apply_rope, apply_rope_ref
 from csm_kernels.swiglu import swiglu, swiglu_ref
 
 logger = logging.getLogger("csm_runtime")
@@ -56,8 +56,14 @@ def replaced() -> dict[str, int]:
 
 
 def rewrite(graph: fx.GraphModule) -> Counter[str]:
-    """Replace what is recognised, in place; returns the number of sites by op."""
+    """Replace what is recognised, in place; returns the number of sites by op.
+
+    What the replaced nodes alone had used is left in the graph, for Inductor to drop: it knows which of it writes in
+    place, as cache updates do, and :mod:`torch.fx` does not.
+    """
     counts: Counter[str] = Counter()
+    order = {node: place for place, node in enumerate(graph.graph.nodes)}
+    writes = [(order[node], _base(node)) for node in order if _writes_in_place(node)]
     training = torch.is_grad_enabled() and any(
         isinstance(value, Tensor) and value.requires_grad for value in map(_value, graph.graph.nodes)
     )
@@ -71,15 +77,19 @@ def rewrite(graph: fx.GraphModule) -> Counter[str]:
     for name, match in rules:
         for node in list(graph.graph.nodes):
             found = match(node)
-            if found is None:
+            if found is None or not all(map(_kept, (node, *found[1]))):
                 continue
             function, args = found
+            # Attention and products are one node and read where it stands; the others read earlier than the new node.
+            read = [arg for arg in args if isinstance(arg, fx.Node) and name not in ("attention", "gemv")]
+            if any(order[arg] < place < order[node] and base is _base(arg) for place, base in writes for arg in read):
+                continue
             with graph.graph.inserting_before(node):
                 new = graph.graph.call_function(function, args)
             new.meta.update({key: value for key, value in node.meta.items() if key in ("example_value", "val")})
             node.replace_all_uses_with(new)
+            order[new] = order[node]
             counts[name] += 1
-    graph.graph.eliminate_dead_code()
     graph.recompile()
     return counts
 
@@ -97,6 +107,31 @@ def _value(node: Any) -> Any:
     return node.meta.get("example_value", node.meta.get("val"))
 
 
+def _kept(node: Any) -> bool:
+    """Whether our ops, which compute in fp32, keep what a tensor holds."""
+    value = _value(node)
+    return not isinstance(value, Tensor) or value.dtype not in (torch.float64, torch.complex64, torch.complex128)
+
+
+def _writes_in_place(node: fx.Node) -> bool:
+    """Whether a node writes to its first argument, or to an ``out`` argument."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = node.target if isinstance(node.target, str) else node.target.__name__
+    inplace = name.endswith("_") and not name.endswith("__")
+    return inplace or "out" in node.kwargs or node.target in _WRITERS
+
+
+def _base(node: fx.Node) -> fx.Node:
+    """The first node of a chain of first arguments: tensors that share memory share it, and some that do not."""
+    while node.op in ("call_function", "call_method"):
+        source = node.kwargs.get("out", node.args[0] if node.args else None)
+        if not isinstance(source, fx.Node):
+            break
+        node = source
+    return node
+
+
 def _is(node: Any, *targets: Any) -> bool:
     """Whether a node calls one of these functions, or a method of this name."""
     return isinstance(node, fx.Node) and node.op in ("call_function", "call_method") and node.target in targets
@@ -109,6 +144,7 @@ def _two(node: Any, *targets: Any) -> tuple[Any, Any] | None:
 
 _MUL = (operator.mul, operator.imul, torch.mul, "mul")
 _ADD = (operator.add, operator.iadd, torch.add, "add")
+_WRITERS = {operator.setitem, *(getattr(operator, f"i{name}") for name in ("add", "sub", "mul", "truediv", "pow"))}
 _CASTS = ("to", "float", "type_as", "type")
 
 
@@ -255,7 +291,7 @@ def _match_attention(node: fx.Node) -> Replacement | None:
     if (
         options.get("dropout_p")
         or options.get("is_causal")
-        or (mask is not None and not _one_mask(_value(mask), value))
+        or (mask is not None and not _one_mask(_value(mask)))
     ):
         return None
     scale = options.get("scale")
@@ -264,11 +300,9 @@ def _match_attention(node: fx.Node) -> Replacement | None:
     return _attention, (q, _ungrouped(k), _ungrouped(v), mask)
 
 
-def _one_mask(mask: Any, q: Tensor) -> bool:
-    """Whether a mask says the same for every head, ``[B or 1, 1, 1, C]``, and the op that runs here can take it."""
-    if not isinstance(mask, Tensor) or mask.ndim != 4 or q.is_cuda:
-        return False
-    return mask.shape[1] == 1 and mask.shape[2] == 1
+def _one_mask(mask: Any) -> bool:
+    """Whether a mask says the same for every head, ``[B or 1, 1, 1, C]``."""
+    return isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[1] == 1 and mask.shape[2] == 1
 
 
 def _ungrouped(node: Any) -> Any:
@@ -310,8 +344,7 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tens
 def _apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     batch, heads, tokens, dim = x.shape
     if not x.is_cuda:
-        wide, (first, second) = x.float(), x.float().chunk(2, -1)
-        return (wide * cos.float() + torch.cat([-second, first], -1) * sin.float()).to(x.dtype)
+        return apply_rope_ref(x.transpose(1, 2), cos[:, 0].float(), sin[:, 0].float()).transpose(1, 2).to(x.dtype)
     cos, sin = (t.expand(batch, 1, tokens, dim).reshape(batch * tokens, dim).float() for t in (cos, sin))
     positions = torch.arange(batch * tokens, device=x.device).view(batch, tokens)
     return apply_rope(x.transpose(1, 2), cos, sin, positions).transpose(1, 2)
@@ -325,15 +358,10 @@ def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     batch, heads, _, dim = q.shape
-    if q.is_cuda:
-        lengths = torch.full((batch,), k.shape[2], dtype=torch.int64, device=q.device)
-        out = attention_step(q[:, :, 0], k, v, lengths)
-    else:
-        bias = torch.zeros(batch, k.shape[2], dtype=torch.float32, device=q.device)
-        if mask is not None:
-            plain = mask[:, 0, 0]
-            bias = bias.masked_fill(~plain, float("-inf")) if plain.dtype == torch.bool else bias + plain.float()
-        out = attention_step_ref(q[:, :, 0].float(), k, v, bias)
+    lengths = torch.full((batch,), k.shape[2], dtype=torch.int64, device=q.device)
+    plain = None if mask is None else mask[:, 0, 0].expand(batch, -1)
+    step = attention_step if q.is_cuda else attention_lengths_ref
+    out = step(q[:, :, 0], k, v, lengths, mask=plain)
     return out.view(batch, heads, 1, dim).to(q.dtype)
 
 

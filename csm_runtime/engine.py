@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,14 +50,25 @@ def bucket_for(rows: int) -> int | None:
     return next((size for size in BUCKETS if rows <= size), None)
 
 
+class _Window(NamedTuple):
+    """The backbone's layer step for contexts up to a length, and the part of each layer's cache that it looks at."""
+
+    size: int
+    layer: Callable[..., Any]
+    caches: list[tuple[Tensor, Tensor]]
+
+
 class _Runner:
     """The steps and the state of one batch bucket."""
 
     def __init__(self, steps: dict[str, Callable[..., Any]], ops: Ops, state: State, device: torch.device) -> None:
         self.embed = steps["embed"]
-        self.layers = {state.capacity: steps["layer"]}
-        if "short layer" in steps:
-            self.layers = {_SHORT_WINDOW: steps["short layer"], **self.layers}
+        sizes = {"short layer": _SHORT_WINDOW, "layer": state.capacity}
+        self.windows = [
+            _Window(size, steps[name], [(k[:, :, :size], v[:, :, :size]) for k, v in zip(state.keys, state.values)])
+            for name, size in sizes.items()
+            if name in steps
+        ]
         self.codebook0, self.depth = steps["codebook0"], steps["depth"]
         self.depth_pair = steps.get("depth pair")
         self.ops = ops
@@ -78,7 +89,7 @@ class _Runner:
 
     def forget(self) -> None:
         """Let go of weights that compiled steps have seen."""
-        for step in (self.embed, self.codebook0, self.depth, self.depth_pair, *self.layers.values()):
+        for step in (self.embed, self.codebook0, self.depth, self.depth_pair, *(window.layer for window in self.windows)):
             if isinstance(step, compiling.CompiledStep):
                 step.forget()
 
@@ -224,12 +235,10 @@ class Engine:
             self.rotary.cos,
             self.rotary.sin,
         )
-        window = next((size for size in runner.layers if size > state.filled), self.capacity)
-        layer_fn = runner.layers[window]
-        bias = bias[:, :window]
-        for i, layer in enumerate(packed.backbone.layers):
-            keys, values = state.keys[i][:, :, :window], state.values[i][:, :, :window]
-            x = layer_fn(x, layer, keys, values, state.length, cos, sin, bias, self._shape, runner.ops)
+        window = next((window for window in runner.windows if window.size > state.filled), runner.windows[-1])
+        bias = bias[:, : window.size]
+        for layer, (keys, values) in zip(packed.backbone.layers, window.caches):
+            x = window.layer(x, layer, keys, values, state.length, cos, sin, bias, self._shape, runner.ops)
         state.hidden.copy_(rms_norm_ref(x, packed.backbone.norm, self._shape.eps))
         state.filled += 1
         state.length.add_(1)
@@ -277,7 +286,7 @@ class Engine:
         if self.mode == "graph":
             return 1
         runner = self.runner(rows)
-        return 2 + len(runner.layers) + (runner.depth_pair is not None)
+        return 2 + len(runner.windows) + (runner.depth_pair is not None)
 
     def warm_up(self, rows: int, advance: Callable[[str], None] | None = None) -> None:
         """Compile or capture every step for a batch of ``rows``, with made-up contents.
@@ -299,10 +308,10 @@ class Engine:
         if runner.depth_pair is not None:
             self.depth_pair(runner, torch.zeros_like(state.seed))
             done("depth pair")
-        for window in runner.layers:
-            state.rewind(window - 1)
+        for window in runner.windows:
+            state.rewind(window.size - 1)
             self.advance(runner)
-            done("backbone" if window == self.capacity else "backbone, short context")
+            done("backbone" if window.size == self.capacity else "backbone, short context")
 
     def self_test(self, rows: int) -> str | None:
         """Compare the steps in use with eager references on random input; what is wrong, or None.
@@ -331,12 +340,11 @@ class Engine:
         x = torch.randn(state.hidden.shape, generator=generator, dtype=torch.float32).to(self.device)
         slot = torch.zeros_like(state.seed)
         layer, cos, sin = packed.backbone.layers[0], self.rotary.cos[slot], self.rotary.sin[slot]
-        for window, layer_fn in runner.layers.items():
-            bias = torch.full((state.rows, window), float("-inf"), dtype=torch.float32, device=self.device)
+        for window in runner.windows:
+            bias = torch.full((state.rows, window.size), float("-inf"), dtype=torch.float32, device=self.device)
             bias[:, 0] = 0.0
-            caches = state.keys[0][:, :, :window], state.values[0][:, :, :window]
-            args = (x, layer, *caches, slot, cos, sin, bias, self._shape)
-            checks.append(("backbone layer", layer_fn(*args, runner.ops), layer_step(*args, eager.ops)))
+            args = (x, layer, *window.caches[0], slot, cos, sin, bias, self._shape)
+            checks.append(("backbone layer", window.layer(*args, runner.ops), layer_step(*args, eager.ops)))
         # The values in the cache were rounded to its dtype: a rounding the other way is no fault.
         rounding = 4 * torch.finfo(self.dtype).eps
         tolerance = 1e-3 if self.mode == "compile" or self.dtype == torch.float32 else 5e-2

@@ -244,7 +244,7 @@ def _draw(
     """Token and logits of codebook ``head + 1`` from the normalised hidden state ``[B, D]``."""
     matrix: Tensor | QuantWeight
     if isinstance(heads, QuantWeight):
-        matrix = QuantWeight(heads.data[head][0], heads.scale[head][0])
+        matrix = QuantWeight(heads.data[head][0], heads.scale[head][0], heads.padding)
     else:
         matrix = heads[head][0]
     logits = ops.gemv(x, matrix)

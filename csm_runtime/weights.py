@@ -202,8 +202,7 @@ def matrices(packed: Packed) -> list[Tensor]:
 
 def storage_bytes(weight: Tensor | QuantWeight) -> int:
     """Bytes a decode step reads for one matrix."""
-    tensors = weight if isinstance(weight, QuantWeight) else (weight,)
-    return sum(t.numel() * t.element_size() for t in tensors)
+    return weight.bytes if isinstance(weight, QuantWeight) else weight.nbytes
 
 
 def zone_table(packed: Packed, policy: PrecisionPolicy, depth_steps: int) -> list[dict[str, Any]]:

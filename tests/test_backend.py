@@ -76,6 +76,41 @@ def test_a_stock_decode_step() -> None:
     assert torch.allclose(got.last_hidden_state, wanted, atol=1e-5)
 
 
+def test_a_padded_stock_decode_step() -> None:
+    """Left padding and a static cache: the step has a mask, and unused slots behind it."""
+    from transformers.cache_utils import StaticCache
+
+    model = build().backbone_model
+    x, caches = torch.randn(2, 6, model.config.hidden_size), []
+    mask = torch.ones(2, 6, dtype=torch.long)
+    mask[1, :3] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    for _ in range(2):
+        cache = StaticCache(config=model.config, max_cache_len=9)
+        with torch.no_grad():
+            model(
+                inputs_embeds=x[:, :5], attention_mask=mask[:, :5], position_ids=positions[:, :5], past_key_values=cache
+            )
+        caches.append(cache)
+    step = {"inputs_embeds": x[:, 5:], "attention_mask": mask, "position_ids": positions[:, 5:]}
+    with torch.no_grad():
+        wanted = model(**step, past_key_values=caches[0]).last_hidden_state
+    got, counts = run(model.forward, **step, past_key_values=caches[1])
+    assert counts["attention"] == LAYERS
+    assert torch.allclose(got.last_hidden_state, wanted, atol=1e-5)
+
+
+def test_double_precision_stays_double() -> None:
+    model = build().double().backbone_model
+    x = torch.randn(1, 3, model.config.hidden_size, dtype=torch.float64)
+    with torch.no_grad():
+        wanted = model(inputs_embeds=x, use_cache=False).last_hidden_state
+    got, counts = run(model.forward, inputs_embeds=x, use_cache=False)
+    # Stock norms compute in fp32 whatever the model's dtype is, and so may ours.
+    assert set(counts) <= {"rms_norm"}
+    assert torch.allclose(got.last_hidden_state, wanted, atol=1e-14)
+
+
 def test_bfloat16_is_nearer_the_truth_than_stock() -> None:
     """By the one tolerance rule, against the same model in fp64."""
     model = build(dtype=torch.bfloat16).backbone_model
@@ -155,6 +190,40 @@ def test_all_of_it_through_inductor_by_name() -> None:
     with torch.no_grad():
         assert torch.allclose(torch.compile(layer, backend="csm")(x), layer(x), atol=1e-6)
     assert backend.replaced()["rms_norm"] == before + 1
+
+
+def test_writes_in_place_stay() -> None:
+    """To what nothing in the graph reads afterwards, and in the middle of a pattern."""
+
+    def counted(x: Tensor, calls: Tensor) -> Tensor:
+        calls.add_(1)
+        return functional.silu(x) * x
+
+    calls = torch.zeros(())
+    x = torch.randn(4, 4)
+    got, counts = run(counted, x, calls)
+    assert counts == {"swiglu": 1} and calls == 1
+    assert torch.allclose(got, functional.silu(x) * x)
+
+    def late(x: Tensor, up: Tensor) -> Tensor:
+        gate = x + 1
+        smooth = functional.silu(gate)
+        gate += 1
+        return smooth * up, gate.view(-1)
+
+    got, counts = run(late, x, x)
+    assert counts == {}
+    assert torch.allclose(got[0], functional.silu(x + 1) * x) and torch.allclose(got[1], (x + 2).view(-1))
+
+    def residual(x: Tensor, weight: Tensor) -> Tensor:
+        h = x * 1
+        for _ in range(3):
+            h += weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-5))
+        return h
+
+    got, counts = run(residual, x, torch.ones(4))
+    assert counts == {"rms_norm": 3}
+    assert torch.allclose(got, residual(x, torch.ones(4)), atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------ what only looks like a match

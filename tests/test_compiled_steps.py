@@ -113,10 +113,12 @@ def test_a_context_that_outgrows_the_short_layers(monkeypatch: pytest.MonkeyPatc
     model = accelerate(build(), mode="compile", batch_sizes=(1,), progress=False)
     own = model.acceleration._engine
     runner = own.runner(1)
-    assert list(runner.layers) == [16, own.capacity]
+    assert [window.size for window in runner.windows] == [16, own.capacity]
     calls: list[int] = []
-    for size, layer in list(runner.layers.items()):
-        runner.layers[size] = lambda *args, size=size, layer=layer: (calls.append(size), layer(*args))[1]
+    runner.windows = [
+        window._replace(layer=lambda *args, window=window: (calls.append(window.size), window.layer(*args))[1])
+        for window in runner.windows
+    ]
     prompt = text_prompt((12,))
     wanted = stock(model, **prompt, **GREEDY, max_new_tokens=9)
     with on_fast_path(model):

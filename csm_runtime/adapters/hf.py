@@ -172,8 +172,8 @@ class _PackedForward:
     def __call__(self, hidden: Tensor, codebook_indices: Tensor | None = None) -> Tensor:
         if codebook_indices is None:
             return nn.functional.linear(hidden, dequantize(self._packed).to(hidden.dtype), self._bias)
-        heads = codebook_indices - 1
-        matrix = dequantize(QuantWeight(self._packed.data[heads], self._packed.scale[heads])).to(hidden.dtype)
+        heads, packed = codebook_indices - 1, self._packed
+        matrix = dequantize(QuantWeight(packed.data[heads], packed.scale[heads], packed.padding)).to(hidden.dtype)
         return torch.stack([nn.functional.linear(hidden[:, i], matrix[i]) for i in range(len(heads))], dim=1)
 
 

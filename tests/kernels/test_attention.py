@@ -26,6 +26,7 @@ class Case(NamedTuple):
     starts: Tensor | None
     k_scale: Tensor | None
     v_scale: Tensor | None
+    mask: Tensor | None = None
 
 
 def inputs(
@@ -62,6 +63,8 @@ def widened(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Ten
     seen = position < case.lengths[:, None]
     if case.starts is not None:
         seen &= position >= case.starts[:, None]
+    if case.mask is not None:
+        seen &= case.mask if case.mask.dtype == torch.bool else case.mask > float("-inf")
     keys, values = (
         (cache.to(dtype) if scale is None else cache.to(dtype) * scale[..., None].to(dtype)).masked_fill(
             ~seen[:, None, :, None], 0.0
@@ -71,12 +74,19 @@ def widened(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Ten
     return case.q.to(dtype), keys, values, seen, seen.any(-1)
 
 
+def added(case: Case) -> Tensor:
+    """What the mask adds to the scores of positions that are seen, ``[B, C]`` fp32."""
+    if case.mask is None or case.mask.dtype == torch.bool:
+        return torch.zeros(case.k.shape[0], case.k.shape[2], device=case.q.device)
+    return case.mask.float().masked_fill(case.mask == float("-inf"), 0.0)
+
+
 def truth(case: Case) -> Tensor:
     """In fp64, every KV head copied to its query heads."""
     q, k, v, seen, some = widened(case, torch.float64)
     share = q.shape[1] // k.shape[1]
     k, v = (cache.repeat_interleave(share, 1) for cache in (k, v))
-    scores = torch.einsum("bhd,bhcd->bhc", q, k) / q.shape[2] ** 0.5
+    scores = torch.einsum("bhd,bhcd->bhc", q, k) / q.shape[2] ** 0.5 + added(case)[:, None]
     weights = torch.softmax(scores.masked_fill(~seen[:, None], float("-inf")), -1).nan_to_num(0.0)
     return torch.einsum("bhc,bhcd->bhd", weights, v).flatten(1)
 
@@ -84,7 +94,7 @@ def truth(case: Case) -> Tensor:
 def eager(case: Case) -> Tensor:
     """``scaled_dot_product_attention`` in fp32 whatever the cache: the kernel rounds neither queries nor weights."""
     q, k, v, seen, some = widened(case, torch.float32)
-    bias = torch.where(seen | ~some[:, None], 0.0, float("-inf"))
+    bias = torch.where(seen | ~some[:, None], 0.0, float("-inf")) + added(case)
     return attention_step_library(q, k, v, bias) * some[:, None]
 
 
@@ -125,6 +135,44 @@ def test_backbone_at_its_real_size(device: torch.device, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 def test_narrow_queries(device: torch.device, dtype: torch.dtype) -> None:
     check(inputs(device, (4, 2, 16, 40), torch.bfloat16, windows_for(40), q_dtype=dtype))
+
+
+def masks(case: Case, kind: torch.dtype) -> Tensor:
+    """Holes in the windows, one row of nothing but holes; a row of the table stands a stride apart."""
+    batch, capacity = case.k.shape[0], case.k.shape[2]
+    seen = torch.rand(batch, capacity, device=case.q.device) < 0.6
+    seen[-1] = False
+    if kind == torch.bool:
+        wide = torch.zeros(batch, 2 * capacity, dtype=kind, device=case.q.device)
+        wide[:, :capacity] = seen
+        return wide[:, :capacity]
+    return torch.randn(batch, capacity, device=case.q.device).to(kind).masked_fill(~seen, float("-inf"))
+
+
+@pytest.mark.parametrize("kind", (torch.bool, torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.int8))
+@pytest.mark.parametrize("splits", [1, 4])
+def test_masks(device: torch.device, dtype: torch.dtype, kind: torch.dtype, splits: int) -> None:
+    """What is masked is never read: it is NaN here, or the largest there is."""
+    case = inputs(device, (6, 2, 10, 57), dtype, [(0, 57), (5, 40), (0, 57)])
+    case = case._replace(mask=masks(case, kind))
+    hidden = ~widened(case, torch.float32)[3][:, None]
+    for cache, scale in ((case.k, case.k_scale), (case.v, case.v_scale)):
+        cache.masked_fill_(hidden[..., None], 127 if dtype == torch.int8 else float("nan"))
+        if scale is not None:
+            scale.masked_fill_(hidden, float("nan"))
+    with override_tiles("attention", BLOCK_C=4, SPLITS=splits):
+        out = attention_step(*case)
+        check(case, out)
+    assert torch.equal(out[2], torch.zeros_like(out[2]))
+    check(case, attention_lengths_ref(*case))
+
+
+def test_one_mask_for_all_rows(device: torch.device) -> None:
+    case = inputs(device, (4, 2, 8, 40), torch.float32, [(0, 40), (0, 40)])
+    mask = (torch.arange(40, device=device) % 3 > 0).expand(2, -1)
+    assert mask.stride(0) == 0
+    check(case._replace(mask=mask))
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.int8))
@@ -262,7 +310,8 @@ def test_the_reference_is_the_specification(device: torch.device) -> None:
 @pytest.mark.dispatcher
 def test_the_op_is_sound(device: torch.device, dtype: torch.dtype) -> None:
     case = inputs(device, (4, 2, 6, 20), dtype, [(0, 20), (3, 9)])
-    torch.library.opcheck(torch.ops.csm_kernels.attention_step.default, tuple(case))
+    for mask in (None, masks(case, torch.bool)):
+        torch.library.opcheck(torch.ops.csm_kernels.attention_step.default, (*case[:7], mask))
 
 
 @pytest.mark.slow
@@ -326,6 +375,9 @@ GOOD = Case(
         ({"lengths": torch.ones(2, dtype=torch.int32)}, "lengths must be"),
         ({"lengths": torch.ones(3, dtype=torch.int64)}, "lengths must be"),
         ({"starts": torch.ones(4, dtype=torch.int64)[::2]}, "starts must be"),
+        ({"mask": torch.ones(2, 4, dtype=torch.bool)}, "mask must be"),
+        ({"mask": torch.ones(2, 5, dtype=torch.int64)}, "mask must be"),
+        ({"mask": torch.ones(5, 2).t()}, "mask must have unit stride"),
     ],
 )
 def test_bad_arguments(device: torch.device, changes: dict[str, Tensor], message: str) -> None:

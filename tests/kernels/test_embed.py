@@ -173,6 +173,7 @@ def test_the_same_every_time(device: torch.device) -> None:
     assert all(torch.equal(first, embed_frame(given.codes, given.table, 9)) for _ in range(3))
 
 
+@pytest.mark.dispatcher
 def test_the_reference_runs_where_triton_does_not(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     given = Inputs(device, 8, 9, 64, torch.bfloat16)
     args = given.codes, given.table, 9, given.text_ids, given.text_table, given.mask

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from csm_kernels import _tiles, gemv_kernel
+from csm_kernels import _gemv_tensor, _tiles, gemv_kernel
 from csm_kernels._target import interpreting
 from csm_kernels._tiles import override_tiles
 from csm_kernels.gemv import gemv, gemv_swiglu
@@ -302,7 +302,7 @@ def test_the_same_every_time(device: torch.device, kind: str, rows: int) -> None
 @pytest.mark.dispatcher
 def test_the_ops_are_sound(device: torch.device, kind: str) -> None:
     x, weight = torch.randn(3, 40).to(device), matrix(kind, 9, 40, device)
-    scale, padding = (weight.scale, weight.padding.columns) if isinstance(weight, QuantWeight) else (None, 0)
+    scale, padding = (weight.scale, weight.padding) if isinstance(weight, QuantWeight) else (None, 0)
     ops = torch.ops.csm_kernels
     bias, residual, norm_weight = (
         torch.randn(9, device=device),
@@ -435,7 +435,7 @@ def run_ptx(text: str, word: int) -> list[int]:
 @pytest.mark.parametrize(("unpack", "zero"), [("_UNPACK_SIGNED", 8), ("_UNPACK_UNSIGNED", 0)])
 def test_the_unpacking_instructions(unpack: str, zero: int) -> None:
     """The interpreter runs no inline assembly: its text is run here, on every byte in every place."""
-    text = getattr(gemv_kernel, unpack).value
+    text = getattr(_gemv_tensor, unpack).value
     for first in range(256):
         packed = [first, (first + 77) % 256, (5 * first + 3) % 256, 255 - first]
         results = run_ptx(text, int.from_bytes(bytes(packed), "little"))

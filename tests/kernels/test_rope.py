@@ -158,6 +158,7 @@ def test_the_same_every_time(device: torch.device) -> None:
     assert all(torch.equal(first, apply_rope(x, cos, sin, positions)) for _ in range(3))
 
 
+@pytest.mark.dispatcher
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_the_reference_runs_where_triton_does_not(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, interleaved: bool

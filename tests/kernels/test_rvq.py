@@ -162,6 +162,7 @@ def test_the_same_every_time(device: torch.device) -> None:
         assert all(torch.equal(first, rvq_decode(*given)) for _ in range(3))
 
 
+@pytest.mark.dispatcher
 def test_the_reference_runs_where_triton_does_not(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     given = inputs(device, dtype=torch.bfloat16)
     ours = rvq_decode(*given)

@@ -134,6 +134,7 @@ def test_the_same_every_time(device: torch.device) -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, again))
 
 
+@pytest.mark.dispatcher
 def test_the_reference_runs_where_triton_does_not(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     base = 4 * torch.randn(2, 3, 128, device=device)
     gate, up = base[..., :64].transpose(0, 1).requires_grad_(), base[..., 64:].transpose(0, 1).requires_grad_()
