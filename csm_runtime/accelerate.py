@@ -16,6 +16,7 @@ from torch import Tensor
 
 from csm_runtime import compiling, hugepages
 from csm_runtime.adapters import hf, hf_call, hf_checks
+from csm_runtime.adapters.hf_passes import Passes
 from csm_runtime.engine import BUCKETS, Engine, bucket_for
 from csm_runtime.kv import State
 from csm_runtime.metrics import Metrics
@@ -183,6 +184,8 @@ class Acceleration:
             originals_dropped=self._dropped,
             notes=list(self.notes),
             metrics=self.metrics.snapshot(),
+            compiled_prefill=self._passes.compiled,
+            replaced=dict(self._passes.replaced),
         )
 
     def restore(self) -> None:
@@ -205,6 +208,7 @@ class Acceleration:
         if hf.drop_originals(self._model, self._weights.copy_of):
             self._weights.release_sources()
             self._dropped = True
+            self._passes = Passes(self._model, False, self.metrics)
         else:
             self.notes.append(
                 f"drop_originals had nothing to drop: precision {self.policy.name!r} stores nothing in int8"
@@ -224,7 +228,10 @@ class Acceleration:
         capacity = self._wanted_positions or min(self._spec.backbone.positions, DEFAULT_POSITIONS)
         with _plain_mode():
             rotary = hf.rotary_tables(self._model, capacity)
-            return Engine(self._spec, rotary, dtype, device, capacity, self._wanted_mode, self.metrics)
+            engine = Engine(self._spec, rotary, dtype, device, capacity, self._wanted_mode, self.metrics)
+        # A stock layer whose weights were dropped computes from int8 in a way that is not worth compiling.
+        self._passes = Passes(self._model, engine.mode != "eager" and not self._dropped, self.metrics)
+        return engine
 
     def _matrix_count(self) -> int:
         return 7 * (self._spec.backbone.layers + self._spec.depth.layers) + 3
@@ -256,12 +263,14 @@ class Acceleration:
         start = time.perf_counter()
         verb = "compiling" if self._engine.mode == "compile" else "preparing"
         with _plain_mode():
-            parts = self._engine.parts(size) + 1
+            parts = self._engine.parts(size) + 2
         bar = compiling.Progress(parts, f"{verb} for batch {size}", self._progress)
         try:
             with _plain_mode(), compiling.remembered_isa_checks():
                 self._engine.warm_up(size, bar.advance)
-                fault = self._engine.self_test(size)
+                self._passes.warm_up(size)
+                bar.advance("prefill")
+                fault = self._engine.self_test(size, self._passes.codebook_logits)
                 bar.advance("self-test")
         except Exception as error:  # no compiler, a broken toolchain, a bug in a backend: all mean eager
             fault = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
@@ -384,7 +393,7 @@ class Acceleration:
         assert size is not None
         if size not in self._warm:
             self._warm_up(size)
-        prompt = hf_call.prefill(self._model, request)
+        prompt = self._passes.prefill(hf_call.prompt_embeddings(self._model, request), request.mask, request.positions)
         runner = self._engine.prepare(rows)
         state = runner.state
         positions = request.positions[:, -1].expand(rows)

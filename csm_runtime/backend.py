@@ -34,19 +34,24 @@ _MIN_ROTARY_DIM = 2
 _counts: Counter[str] = Counter()
 
 
-def csm(graph: fx.GraphModule, example_inputs: list[Any], **options: Any) -> Callable[..., Any]:
+def csm(
+    graph: fx.GraphModule, example_inputs: list[Any], *, counts: Counter[str] | None = None, **options: Any
+) -> Callable[..., Any]:
     """Compile a graph Dynamo captured; ``torch.compile(..., backend="csm")`` calls this.
 
     Args:
         graph: the captured graph; rewritten in place.
         example_inputs: its inputs, fake tensors.
+        counts: the numbers of sites by op are added to it, for a caller that wants its own.
         options: ``options={...}`` of torch.compile, handed to Inductor.
     """
     from torch._inductor.compile_fx import compile_fx
 
-    counts = rewrite(graph)
-    _counts.update(counts)
-    logger.info("backend csm replaced %s", dict(counts) or "nothing")
+    found = rewrite(graph)
+    _counts.update(found)
+    if counts is not None:
+        counts.update(found)
+    logger.info("backend csm replaced %s", dict(found) or "nothing")
     return compile_fx(graph, example_inputs, config_patches=options.get("options"))
 
 

@@ -1,8 +1,9 @@
-"""torch.compile for the decode steps: one cache per engine, a quick second start, a progress bar."""
+"""torch.compile for decode steps and parallel passes: one cache per engine, a quick second start, a progress bar."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -11,6 +12,7 @@ import os
 import sys
 import threading
 import types
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -41,10 +43,24 @@ def compile_step(step: Callable[..., Any]) -> Callable[..., Any]:
     Dynamo counts recompilations per code object. Two models, or two batch sizes, that share one function would eat into
     each other's limit of 8 and the ninth would silently run eagerly: each gets its own copy of the code object.
     """
-    code = step.__code__.replace(co_name=f"{step.__name__}_{next(_serial)}")
-    own = types.FunctionType(code, step.__globals__, code.co_name, step.__defaults__, step.__closure__)
-    own.__kwdefaults__ = step.__kwdefaults__
-    return CompiledStep(own)
+    return CompiledStep(_own_code(step))
+
+
+def compile_pass(function: Callable[..., Any], replaced: Counter[str]) -> Callable[..., Any]:
+    """Compile a function over stock modules with the backend "csm": guarded as usual, for any batch and any length.
+
+    What the backend replaces is added to ``replaced``.
+    """
+    from csm_runtime.backend import csm
+
+    return torch.compile(_own_code(function), backend=functools.partial(csm, counts=replaced), dynamic=True)
+
+
+def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    code = function.__code__.replace(co_name=f"{function.__name__}_{next(_serial)}")
+    own = types.FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
+    own.__kwdefaults__ = function.__kwdefaults__
+    return own
 
 
 class CompiledStep:

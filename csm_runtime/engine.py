@@ -42,6 +42,11 @@ _SHORT_WINDOW = 512
 """Compiled backbone layers look at all cached positions, used or not: 0.5 ms of 5 at 2048 (2 cores, 2026-11-22). So there
 are two of them, one for contexts up to this length."""
 
+_FORCED_CODEBOOKS = 3
+"""Codebooks whose logits the self-test compares with the stock model's."""
+_LEAST_SQNR = 10.0
+"""In dB. On random weights bf16 has 36, int8 29; a codebook taken for another has 0 or less."""
+
 MODES = ("auto", "compile", "graph", "eager")
 
 
@@ -313,10 +318,19 @@ class Engine:
             self.advance(runner)
             done("backbone" if window.size == self.capacity else "backbone, short context")
 
-    def self_test(self, rows: int) -> str | None:
-        """Compare the steps in use with eager references on random input; what is wrong, or None.
+    def self_test(self, rows: int, stock_logits: Callable[[Tensor, Tensor], Tensor]) -> str | None:
+        """Compare the steps in use with eager references and with the stock model on random input.
 
-        Runs one backbone layer and one depth position. It finds a compiler that makes wrong code, not a wrong model.
+        Runs one backbone layer and a few depth positions: it finds a compiler that makes wrong code, and weights that
+        were read in another order than the stock model's.
+
+        Args:
+            rows: batch size.
+            stock_logits: the stock model's teacher-forced depth logits, ``[N, n, V]``, from hidden states ``[N, D]`` and
+                codes ``[N, n]``.
+
+        Returns:
+            What is wrong, or None.
         """
         packed, runner = self._bound(), self.runner(rows)
         state, generator = runner.state, torch.Generator().manual_seed(0)
@@ -354,6 +368,21 @@ class Engine:
             error = float((a - b).abs().max()) / max(float(b.abs().max()), 1e-12)
             if error > (max(tolerance, rounding) if name == "depth pair" else tolerance):
                 return f"{name} differs from its reference by {error:.1e} of its largest value"
+        return self._against_stock(runner, stock_logits)
+
+    def _against_stock(self, runner: _Runner, stock_logits: Callable[[Tensor, Tensor], Tensor]) -> str | None:
+        state, positions = runner.state, self._positions[: 1 + _FORCED_CODEBOOKS]
+        state.hidden.copy_(state.hidden.to(self.dtype))  # as the stock depth decoder takes it
+        shape = (state.rows, len(positions) - 1)
+        codes = torch.randint(self.spec.depth_vocab, shape, generator=torch.Generator().manual_seed(1))
+        codes = codes.to(self.device)
+        made = []
+        for position, token in zip(positions, (codes[:, 0], *codes.unbind(1))):
+            made.append(self.depth_position(runner, position, token)[1])
+        ours, theirs = torch.stack(made[1:], dim=1), stock_logits(state.hidden, codes)
+        noise, signal = (float(t.double().square().sum()) for t in (ours - theirs, theirs))
+        if not noise * 10 ** (_LEAST_SQNR / 10) <= signal:
+            return f"depth logits differ from the stock model's: signal {signal:.1e}, error {noise:.1e}"
         return None
 
     def _bound(self) -> Packed:

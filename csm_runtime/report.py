@@ -11,7 +11,8 @@ class Report:
     """The state of an accelerated model. Bytes are bytes; ``zones`` has one dict per zone of the model.
 
     ``copied_bytes`` is what packed copies hold beside the stock model, ``kv_bytes`` what the preallocated KV buffers
-    hold. Per zone, ``bytes`` is its size and ``bytes_per_frame`` what one frame at batch 1 reads of it.
+    hold. ``replaced`` counts what the backend "csm" put in place of stock code in the layers that prompts run through, if
+    ``compiled_prefill``. Per zone, ``bytes`` is its size and ``bytes_per_frame`` what one frame at batch 1 reads of it.
     """
 
     model: str
@@ -28,6 +29,8 @@ class Report:
     originals_dropped: bool
     notes: list[str]
     metrics: dict[str, Any]
+    compiled_prefill: bool
+    replaced: dict[str, int]
 
     @property
     def bytes_per_frame(self) -> int:
@@ -64,7 +67,11 @@ class Report:
         lines += [f"  stock path {count}x: {reason}" for reason, count in self.metrics["stock_reasons"].items()]
         lines += [f"  fault {count}x: {what}" for what, count in self.metrics["faults"].items()]
         lines += [f"note: {note}" for note in self.notes]
-        lines.append("left alone: prefill, text embedding, codec, forward() and training run the stock modules")
+        sites = ", ".join(f"{count} {name}" for name, count in sorted(self.replaced.items()))
+        if self.compiled_prefill:
+            lines.append(f"prompts run through stock layers compiled with the backend csm, which replaced {sites}")
+        alone = "text embedding, codec, forward() and training run the stock modules"
+        lines.append(f"left alone: {'' if self.compiled_prefill else 'prefill, '}{alone}")
         return "\n".join(lines)
 
 

@@ -24,7 +24,7 @@ from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache, StaticCache
 
 from csm_runtime import accelerate
-from csm_runtime.adapters import hf_call
+from csm_runtime.adapters import hf_passes
 
 GREEDY = {"do_sample": False, "depth_decoder_do_sample": False}
 LENGTHS = (7, 12, 3, 1, 9)
@@ -198,13 +198,13 @@ def test_own_position_ids(shared: Any) -> None:
 def test_a_prompt_longer_than_a_prefill_chunk(shared: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks shorter than one row's padding included: all their positions are hidden."""
     model, prompt = shared("biases"), text_prompt((3, 23, 11))
-    monkeypatch.setattr(hf_call, "PREFILL_CHUNK", 5)
+    monkeypatch.setattr(hf_passes, "CHUNK", 5)
     same(model, prompt, max_new_tokens=5)
 
 
 def test_prefill_is_chunked(shared: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = shared()
-    monkeypatch.setattr(hf_call, "PREFILL_CHUNK", 5)
+    monkeypatch.setattr(hf_passes, "CHUNK", 5)
     widths = []
     forward = type(model.backbone_model).forward
 

@@ -1,4 +1,4 @@
-"""One ``generate`` call of transformers' CSM: what it asks for, its prefill, its result, and the stock loop's rest.
+"""One ``generate`` call of transformers' CSM: what it asks for, its prompt, its result, and the stock loop's rest.
 
 The stock ``generate`` keeps doing everything before and after the decode loop (configs, prompt merging, codec); only the
 loop itself is replaced, through its ``custom_generate`` hook.
@@ -13,9 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-PREFILL_CHUNK = 512
-"""Prompt positions per stock forward pass: bounds the attention mask and activations of a long prompt."""
 
 
 @dataclass(frozen=True)
@@ -188,40 +185,12 @@ def read_request(
     )
 
 
-@dataclass
-class Prefilled:
-    """A prompt's keys and values per layer, ``[N, KV, T, D]``, and its last normalised hidden state ``[N, D]``."""
-
-    layers: list[tuple[Tensor, Tensor]]
-    hidden: Tensor
-
-
 def prompt_embeddings(model: Any, request: Request) -> Tensor:
     """``[N, T, D]`` in the model's dtype: text tokens, encoded reference audio and codes, merged by the stock model."""
     ids = request.input_ids
     if ids.ndim == 3:
         return model.backbone_model.embed_tokens(ids)
     return model._merge_input_ids_with_input_values(input_ids=ids, **request.prompt)["inputs_embeds"]
-
-
-def prefill(model: Any, request: Request, embeddings: Tensor | None = None) -> Prefilled:
-    """Run the prompt through the stock backbone, in chunks of :data:`PREFILL_CHUNK` positions."""
-    from transformers.cache_utils import DynamicCache
-
-    x = prompt_embeddings(model, request) if embeddings is None else embeddings
-    cache = DynamicCache(config=model.config)
-    hidden = x[:, -1]
-    for start in range(0, x.shape[1], PREFILL_CHUNK):
-        end = min(start + PREFILL_CHUNK, x.shape[1])
-        out = model.backbone_model(
-            inputs_embeds=x[:, start:end],
-            attention_mask=None if request.mask is None else request.mask[:, :end],
-            position_ids=request.positions[:, start:end],
-            past_key_values=cache,
-            use_cache=True,
-        )
-        hidden = out.last_hidden_state[:, -1]
-    return Prefilled([(layer.keys, layer.values) for layer in cache.layers], hidden.float())
 
 
 def fill_cache(cache: Any, layers: Iterable[tuple[Tensor, Tensor]]) -> None:
