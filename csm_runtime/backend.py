@@ -293,11 +293,7 @@ def _match_attention(node: fx.Node) -> Replacement | None:
         return None
     usual = value.shape[-1] ** -0.5
     mask = options.get("attn_mask")
-    if (
-        options.get("dropout_p")
-        or options.get("is_causal")
-        or (mask is not None and not _one_mask(_value(mask)))
-    ):
+    if options.get("dropout_p") or options.get("is_causal") or (mask is not None and not _one_mask(_value(mask))):
         return None
     scale = options.get("scale")
     if scale is not None and (not isinstance(scale, float) or abs(scale - usual) > 1e-6 * usual):

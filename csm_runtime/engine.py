@@ -94,7 +94,13 @@ class _Runner:
 
     def forget(self) -> None:
         """Let go of weights that compiled steps have seen."""
-        for step in (self.embed, self.codebook0, self.depth, self.depth_pair, *(window.layer for window in self.windows)):
+        for step in (
+            self.embed,
+            self.codebook0,
+            self.depth,
+            self.depth_pair,
+            *(window.layer for window in self.windows),
+        ):
             if isinstance(step, compiling.CompiledStep):
                 step.forget()
 
@@ -373,13 +379,11 @@ class Engine:
     def _against_stock(self, runner: _Runner, stock_logits: Callable[[Tensor, Tensor], Tensor]) -> str | None:
         state, positions = runner.state, self._positions[: 1 + _FORCED_CODEBOOKS]
         state.hidden.copy_(state.hidden.to(self.dtype))  # as the stock depth decoder takes it
-        shape = (state.rows, len(positions) - 1)
+        shape = (len(positions) - 1, state.rows)
         codes = torch.randint(self.spec.depth_vocab, shape, generator=torch.Generator().manual_seed(1))
-        codes = codes.to(self.device)
-        made = []
-        for position, token in zip(positions, (codes[:, 0], *codes.unbind(1))):
-            made.append(self.depth_position(runner, position, token)[1])
-        ours, theirs = torch.stack(made[1:], dim=1), stock_logits(state.hidden, codes)
+        tokens = codes.to(self.device).unbind()  # contiguous, as compiled steps take it for granted
+        made = [self.depth_position(runner, *step)[1] for step in zip(positions, (tokens[0], *tokens))]
+        ours, theirs = torch.stack(made[1:], dim=1), stock_logits(state.hidden, torch.stack(tokens, dim=1))
         noise, signal = (float(t.double().square().sum()) for t in (ours - theirs, theirs))
         if not noise * 10 ** (_LEAST_SQNR / 10) <= signal:
             return f"depth logits differ from the stock model's: signal {signal:.1e}, error {noise:.1e}"

@@ -35,7 +35,9 @@ def padded(lengths: list[int]) -> torch.Tensor:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chunk", [512, 5])
-def test_a_prompt_is_what_the_stock_backbone_makes_of_it(base: Any, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_is_what_the_stock_backbone_makes_of_it(
+    base: Any, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Any batch, length, padding, position and number of chunks, and nothing compiles for it."""
     model, passes = base
     monkeypatch.setattr(hf_passes, "CHUNK", chunk)

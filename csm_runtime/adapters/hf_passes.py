@@ -120,16 +120,17 @@ class Passes:
         Returns:
             ``[N, n, V]`` fp32: logits of codebooks 1 to n.
         """
-        depth = self._model.depth_decoder
-        count = codes.shape[1]
+        depth, count = self._model.depth_decoder, codes.shape[1]
+        hidden = hidden.to(depth.model.norm.weight.dtype)
         offsets = torch.arange(count, device=codes.device) * depth.model.vocab_size
-        embedded = depth.model.embed_tokens(codes + offsets)
-        x = torch.cat([hidden.to(embedded.dtype)[:, None], embedded], dim=1)
+        x = torch.cat([hidden[:, None], depth.model.embed_tokens(codes + offsets)], dim=1)
         x = depth.model.inputs_embeds_projector(x)
         found = self._attempt(lambda layer: self._stack(layer, depth.model, x, None, None))
-        normed = self._stack(_layer_pass, depth.model, x, None, None)[0] if found is None else found[0]
+        if found is None:
+            fed = torch.nn.functional.pad(codes, (1, 0))
+            return depth(input_ids=fed, backbone_last_hidden_state=hidden).logits.float()
         heads = torch.arange(1, count + 1, device=codes.device)
-        return depth.codebooks_head(normed[:, 1:], heads).float()
+        return depth.codebooks_head(found[0][:, 1:], heads).float()
 
     def _attempt(self, work: Callable[[Callable[..., Tensor]], Any]) -> Any:
         """``work`` with compiled layers; None where there are none, or no longer any."""

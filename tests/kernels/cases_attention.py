@@ -7,7 +7,16 @@ import torch
 from csm_kernels import attention
 
 
-def _step(heads: int, groups: int, dim: int, capacity: int, dtype: torch.dtype, *, starts: bool = True, mask: torch.dtype | None = None) -> None:
+def _step(
+    heads: int,
+    groups: int,
+    dim: int,
+    capacity: int,
+    dtype: torch.dtype,
+    *,
+    starts: bool = True,
+    mask: torch.dtype | None = None,
+) -> None:
     batch = 2
     q = torch.zeros(batch, heads, dim)
     k, v = (torch.zeros(batch, groups, capacity, dim, dtype=dtype) for _ in "kv")
