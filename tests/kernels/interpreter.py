@@ -7,10 +7,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import numpy as np
 import torch
+
+from csm_kernels._target import interpreting
+from csm_kernels._tiles import override_tiles
+
+
+def large_tiles(op: str, **sizes: int) -> contextlib.AbstractContextManager[None]:
+    """Tiles so large that few programs are left, which is what interpreting one costs; compiled they would be absurd."""
+    return override_tiles(op, **sizes) if interpreting() else contextlib.nullcontext()
 
 
 def repair() -> None:

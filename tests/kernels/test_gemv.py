@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from csm_kernels import _gemv_tensor, _tiles, gemv_kernel
-from csm_kernels._target import interpreting
 from csm_kernels._tiles import override_tiles
 from csm_kernels.gemv import gemv, gemv_swiglu
 from csm_kernels.gemv_kernel import launch_gemv, launch_gemv_swiglu, workspace_size
 from csm_kernels.quant import GROUPS, QuantWeight, dequantize, quantize
 from csm_kernels.testing import assert_close, assert_untouched, guarded, sqnr_db
+from kernels.interpreter import large_tiles
 
 EPS = 1e-5
 PLAIN = ("float32", "bfloat16", "float16")
@@ -29,10 +29,7 @@ Weight = Tensor | QuantWeight
 @pytest.fixture(autouse=True)
 def coarse() -> Iterator[None]:
     """The interpreter takes 2 to 5 ms for each program, whatever its size: few and large ones there."""
-    if not interpreting():
-        yield
-        return
-    with override_tiles("gemv_plain", BLOCK_N=64):
+    with large_tiles("gemv_plain", BLOCK_N=64):
         yield
 
 
@@ -121,7 +118,7 @@ def test_groups(device: torch.device, kind: str, group: int, width: int) -> None
 @pytest.mark.parametrize(("kind", "rows"), [("bfloat16", 1), ("int8", 1), ("fp8", 2), ("int4", 1), ("bfloat16", 8)])
 def test_the_models_sizes(device: torch.device, kind: str, rows: int, height: int, width: int) -> None:
     x, weight = torch.randn(rows, width).to(torch.bfloat16).to(device), matrix(kind, height, width, device)
-    with override_tiles("gemv_plain", BLOCK_N=256), override_tiles("gemv_tensor", BLOCK_N=128):
+    with large_tiles("gemv_plain", BLOCK_N=256), large_tiles("gemv_tensor", BLOCK_N=128):
         check(gemv(x, weight), x, weight, torch.float32)
 
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from csm_kernels._tiles import override_tiles
 from csm_kernels.gemv import gemv
 from csm_kernels.quant import GROUPS, QuantWeight, dequantize, quantize
+from kernels.interpreter import large_tiles
 
 
 def columns(weight: QuantWeight, rows: int, device: torch.device) -> torch.Tensor:
     """The matrix, ``rows`` columns of it at a time."""
     placed = QuantWeight(weight.data.to(device), weight.scale.to(device), weight.padding)
     units = torch.eye(weight.width, device=device)
-    with override_tiles("gemv_plain", BLOCK_N=32):  # few programs, for the interpreter's sake
+    with large_tiles("gemv_plain", BLOCK_N=32):
         return torch.cat([gemv(part, placed) for part in units.split(rows)]).t()
 
 
