@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bandwidth import streaming_bandwidth
 
 from csm_runtime import accelerate
 from csm_runtime.demo import FrameClock
@@ -60,17 +61,6 @@ def build(size: str, dtype: torch.dtype) -> Any:
                 count = min(1 << 19, flat.numel() - i)
                 flat[i : i + count] = block[start : start + count] * weight.shape[-1] ** -0.5
     return model.eval()
-
-
-def streaming_bandwidth(megabytes: int = 512) -> float:
-    """GB/s at which all cores together read a buffer, median of 7."""
-    buffer = streaming_bandwidth.__dict__.setdefault("buffer", torch.ones(megabytes << 18))
-    times = []
-    for _ in range(7):
-        start = time.perf_counter()
-        buffer.sum()
-        times.append(time.perf_counter() - start)
-    return buffer.numel() * 4 / statistics.median(times) / 1e9
 
 
 class Variant:

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from bandwidth import streaming_bandwidth
 from torch import Tensor
 from torch.nn import functional
 
@@ -148,22 +149,25 @@ def swiglu_case(rows: int, width: int) -> Case:
     return Case("swiglu", f"swiglu {rows} x {width} bf16", 6 * rows * width, 6 * rows * width, make)
 
 
-def _weights(height: int, width: int, fmt: str) -> tuple[list[Any], int]:
-    """Enough matrices of a format to miss every cache, and the bytes of one."""
-    per = height * width * 2
-    count = max(2, -(-(256 << 20) // per))
-    plain = [normal(height, width) * width**-0.5 for _ in range(count)]
-    if fmt == "bf16":
-        return plain, per
-    packed = [quantize(w, fmt) for w in plain]
-    return packed, sum(t.numel() * t.element_size() for t in packed[0] if isinstance(t, Tensor))
+def _weights(height: int, width: int, fmt: str) -> list[Any]:
+    """Enough matrices of a format to miss every cache."""
+    count = max(2, -(-(256 << 20) // _stored(height, width, fmt)))
+    plain = (normal(height, width) * width**-0.5 for _ in range(count))
+    return [w if fmt == "bf16" else quantize(w, fmt) for w in plain]
+
+
+def _stored(height: int, width: int, fmt: str) -> int:
+    """Bytes of one matrix: its numbers, and an fp32 scale for each row or a bf16 one for each group of 128."""
+    numbers = {"bf16": 2 * width, "int8": width, "fp8": width, "int4": -(-width // 128) * 64}[fmt]
+    scales = {"bf16": 0, "int8": 4, "fp8": 4, "int4": -(-width // 128) * 2}[fmt]
+    return height * (numbers + scales)
 
 
 def gemv_case(rows: int, height: int, width: int, fmt: str) -> Case:
-    stored = {"bf16": 16, "int8": 8, "fp8": 8, "int4": 4.25}[fmt] * height * width / 8
+    size = _stored(height, width, fmt) + 4 * rows * (width + height)
 
     def make() -> dict[str, Callable[[], Any]]:
-        weights, _ = _weights(height, width, fmt)
+        weights = _weights(height, width, fmt)
         x = normal(rows, width, dtype=torch.float32)
 
         def eager(weight: Any) -> Tensor:
@@ -173,14 +177,14 @@ def gemv_case(rows: int, height: int, width: int, fmt: str) -> Case:
 
         return variants(lambda w: gemv(x, w), lambda w: gemv_streamed(x, w), eager, [(w,) for w in weights])
 
-    return Case("gemv", f"gemv {rows} x {height} x {width} {fmt}", int(stored), 2 * rows * height * width, make)
+    return Case("gemv", f"gemv {rows} x {height} x {width} {fmt}", size, 2 * rows * height * width, make)
 
 
 def mlp_case(height: int, width: int, fmt: str) -> Case:
-    stored = {"bf16": 16, "int8": 8, "fp8": 8, "int4": 4.25}[fmt] * 2 * height * width / 8
+    size = 2 * _stored(height, width, fmt) + 4 * (width + height)
 
     def make() -> dict[str, Callable[[], Any]]:
-        weights, _ = _weights(height, width, fmt)
+        weights = _weights(height, width, fmt)
         x = normal(1, width, dtype=torch.float32)
 
         def eager(gate: Any, up: Any) -> Tensor:
@@ -192,7 +196,7 @@ def mlp_case(height: int, width: int, fmt: str) -> Case:
         reference = lambda g, u: swiglu_ref(gemv_streamed(x, g), gemv_streamed(x, u))  # noqa: E731
         return variants(lambda g, u: gemv_swiglu(x, g, u), reference, eager, pairs)
 
-    return Case("gemv", f"gate and up 1 x {height} x {width} {fmt}", int(stored), 4 * height * width, make)
+    return Case("gemv", f"gate and up 1 x {height} x {width} {fmt}", size, 4 * height * width, make)
 
 
 def attention_case(heads: int, groups: int, dim: int, capacity: int, length: int) -> Case:
@@ -290,24 +294,6 @@ CASES = [
 ]
 
 
-def bandwidth() -> float:
-    """GB/s of a streaming read larger than every cache, median of 7."""
-    size = (2 << 30) if ON_GPU else (512 << 20)
-    buffer = bandwidth.__dict__.setdefault("buffer", torch.ones(size // 4, device=DEVICE))
-    times = []
-    for _ in range(7):
-        start = _now()
-        buffer.sum()
-        times.append(_now() - start)
-    return size / statistics.median(times) / 1e9
-
-
-def _now() -> float:
-    if ON_GPU:
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def _once(function: Callable[[], Any]) -> float:
     """Seconds of one call: by CUDA events on a cold L2, or by the wall clock."""
     if ON_GPU:
@@ -333,7 +319,7 @@ def test_speed(case: Case, benchmark: Any) -> None:
             for _ in range(3):
                 function()
         times: dict[str, list[float]] = {name: [] for name in ("ours", *rivals)}
-        speeds = [bandwidth()]
+        speeds = [streaming_bandwidth(DEVICE)]
 
         def rivals_and_events() -> None:
             for name, function in rivals.items():
@@ -342,7 +328,7 @@ def test_speed(case: Case, benchmark: Any) -> None:
                 times["ours"].append(_once(ours))
 
         benchmark.pedantic(ours, setup=rivals_and_events, rounds=rounds, iterations=1)
-        speeds.append(bandwidth())
+        speeds.append(streaming_bandwidth(DEVICE))
     if not ON_GPU:
         times["ours"] = list(benchmark.stats.stats.data)
     benchmark.extra_info.update(
@@ -400,25 +386,34 @@ def table(result: dict[str, Any]) -> str:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Roofline: what each case reaches against arithmetic intensity, under the measured bandwidth."""
+    """Roofline: what each case reaches against arithmetic intensity under the measured bandwidth, and its share of it."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    intensity = [line["flops"] / line["bytes"] for line in result["rows"]]
-    for op in OPS:
-        points = [(x, line["gflop_per_s"]) for x, line in zip(intensity, result["rows"]) if line["op"] == op]
-        if points:
-            axes.scatter(*zip(*points), label=op, zorder=3)
+    rows = result["rows"]
+    colours = {op: f"C{i}" for i, op in enumerate(OPS)}
+    figure, (roof, bars) = pyplot.subplots(1, 2, figsize=(13, 0.26 * len(rows) + 2.5), layout="constrained")
+    intensity = [line["flops"] / line["bytes"] for line in rows]
+    for op in dict.fromkeys(line["op"] for line in rows):
+        points = [(x, line["gflop_per_s"]) for x, line in zip(intensity, rows) if line["op"] == op]
+        roof.scatter(*zip(*points), label=op, color=colours[op], zorder=3)
     ends = [min(intensity) / 2, max(intensity) * 2]
     speed = result["bandwidth_gb_per_s"]
-    axes.plot(ends, [speed * x for x in ends], color="black", label=f"memory, {speed:.0f} GB/s measured")
-    axes.set(xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="GFLOP/s", title=result["device"])
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    roof.plot(ends, [speed * x for x in ends], color="black", label=f"memory, {speed:.0f} GB/s measured")
+    roof.set(xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="GFLOP/s", title="roofline")
+    roof.grid(alpha=0.3)
+    roof.legend(fontsize=8)
+    bars.barh([line["case"] for line in rows], [100 * line["share_of_bandwidth"] for line in rows])
+    for patch, line in zip(bars.patches, rows):
+        patch.set_color(colours[line["op"]])
+    bars.axvline(100, color="black")
+    bars.invert_yaxis()
+    bars.tick_params(axis="y", labelsize=8)
+    bars.set(xlabel="% of the bandwidth measured beside it", title="beyond 100 %: from the cache")
+    figure.suptitle(result["device"])
+    figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 
@@ -450,14 +445,19 @@ def main(argv: list[str] | None = None) -> int:
         "red": [op for op in asked if op not in passing],
         "rows": [row(info) for info in infos],
     }
-    print(table(result))
+    lines = table(result)
+    print(lines)
     folder = args.out or Path(__file__).parent / "results"
     folder.mkdir(parents=True, exist_ok=True)
     stem = folder / f"kernels-{device.lower().replace(' ', '-')}"
     stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    note = (
+        f"{result['device']}; {result['bandwidth_gb_per_s']:.1f} GB/s streaming, median of the run\n\n" if infos else ""
+    )
+    stem.with_suffix(".md").write_text(f"{note}{lines}\n")
     if infos:
         plot(result, stem.with_suffix(".png"))
-    print(f"written to {stem}.json")
+    print(f"written to {stem}.json, .md and .png")
     return 1 if result["red"] else 0
 
 

@@ -1,7 +1,8 @@
-"""The end-to-end benchmark runs as documented and its figures hang together."""
+"""The benchmarks run as documented and their figures hang together."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 
@@ -27,3 +29,64 @@ def test_e2e_on_the_tiny_size(tmp_path: Any) -> None:
     for row in ours:
         assert row["ratio_to_stock"] == pytest.approx(stock["ms_per_frame"] / row["ms_per_frame"])
         assert row["backbone_ms"] + row["depth_ms"] == pytest.approx(row["ms_per_frame"], rel=0.5)
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """bench/kernels.py as a module."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    spec = importlib.util.spec_from_file_location("bench_kernels", ROOT / "bench" / "kernels.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+def test_microbenchmark_of_one_op(tmp_path: Any) -> None:
+    command = [sys.executable, str(ROOT / "bench" / "kernels.py"), "--ops", "swiglu", "--out", str(tmp_path)]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    (path,) = tmp_path.glob("kernels-*.json")
+    result = json.loads(path.read_text())
+    assert not result["red"] and result["bandwidth_gb_per_s"] > 0.5
+    for row in result["rows"]:
+        assert row["op"] == "swiglu" and row["bytes"] > 0
+        assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["us"] / 1e3)
+        assert {"eager", "compile"} <= set(row["speed_up_over"])
+        assert row["speed_up_over"]["eager"] == pytest.approx(row["us_of"]["eager"] / row["us"])
+        assert row["case"] in path.with_suffix(".md").read_text()
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_op_whose_tests_fail_gets_no_speed(
+    kernels: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(kernels, "green", lambda op: False)
+    assert kernels.main(["--ops", "norm", "rvq", "--out", str(tmp_path)]) == 1
+    shown = capsys.readouterr().out
+    assert "norm: tests fail, no speed given" in shown and "rvq: tests fail, no speed given" in shown
+    (path,) = tmp_path.glob("kernels-*.json")
+    assert json.loads(path.read_text())["rows"] == []
+
+
+def test_an_ops_own_tests_decide(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether a speed is given hangs on the exit code of that op's test file, run where its kernels can run."""
+    seen: list[tuple[list[str], dict[str, str]]] = []
+
+    def run(command: list[str], env: dict[str, str], **_: Any) -> Any:
+        seen.append((command, env))
+        return subprocess.CompletedProcess(command, len(seen) - 1)
+
+    monkeypatch.setattr(kernels.subprocess, "run", run)
+    assert kernels.green("gemv") and not kernels.green("gemv")
+    command, env = seen[0]
+    assert command[-1].endswith("tests/kernels/test_gemv.py") and "pytest" in command
+    assert kernels.ON_GPU or env["TRITON_INTERPRET"] == "1"
+
+
+@pytest.mark.parametrize("fmt", ["int8", "fp8", "int4"])
+def test_bytes_of_a_matrix(kernels: Any, fmt: str) -> None:
+    from csm_kernels.quant import quantize
+
+    assert kernels._stored(6, 300, fmt) == quantize(torch.randn(6, 300), fmt).bytes
+    assert kernels._stored(6, 300, "bf16") == torch.randn(6, 300).bfloat16().nbytes

@@ -1,0 +1,33 @@
+"""The memory bandwidth of this machine as it is now: what the shares in the benchmarks are shares of."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+
+import torch
+from torch import Tensor
+
+
+def now(device: torch.device) -> float:
+    """Seconds, after everything queued on the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def streaming_bandwidth(device: torch.device = torch.device("cpu")) -> float:
+    """GB/s at which the device reads a buffer larger than every cache, median of 7."""
+    buffer = _buffer(device)
+    times = []
+    for _ in range(7):
+        start = now(device)
+        buffer.sum()
+        times.append(now(device) - start)
+    return buffer.nbytes / statistics.median(times) / 1e9
+
+
+@functools.cache
+def _buffer(device: torch.device) -> Tensor:
+    return torch.ones((2 << 30 if device.type == "cuda" else 512 << 20) // 4, device=device)
