@@ -17,7 +17,7 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def streaming_bandwidth(device: torch.device = torch.device("cpu")) -> float:
+def streaming_bandwidth(device: torch.device) -> float:
     """GB/s at which the device reads a buffer larger than every cache, median of 7."""
     buffer = _buffer(device)
     times = []

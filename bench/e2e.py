@@ -216,7 +216,7 @@ def main(argv: list[str] | None = None) -> int:
     bandwidths = []
     for number in range(args.rounds):
         for variant in variants:
-            bandwidths.append(streaming_bandwidth())
+            bandwidths.append(streaming_bandwidth(torch.device("cpu")))
             variant.run(ids, args.frames)
             print(f"round {number + 1}, {variant.name}: {bandwidths[-1]:.1f} GB/s", file=sys.stderr, flush=True)
     bandwidth = statistics.median(bandwidths)
