@@ -30,4 +30,4 @@ def streaming_bandwidth(device: torch.device) -> float:
 
 @functools.cache
 def _buffer(device: torch.device) -> Tensor:
-    return torch.ones((2 << 30 if device.type == "cuda" else 512 << 20) // 4, device=device)
+    return torch.ones((2 << 30 if device.type == "cuda" else 1 << 30) // 4, device=device)

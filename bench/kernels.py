@@ -150,10 +150,13 @@ def swiglu_case(rows: int, width: int) -> Case:
 
 
 def _weights(height: int, width: int, fmt: str) -> list[Any]:
-    """Enough matrices of a format to miss every cache."""
-    count = max(2, -(-(256 << 20) // _stored(height, width, fmt)))
-    plain = (normal(height, width) * width**-0.5 for _ in range(count))
-    return [w if fmt == "bf16" else quantize(w, fmt) for w in plain]
+    """Copies of a matrix in one format, enough of them to miss every cache: a server's may hold 480 MB."""
+    count = max(2, -(-(256 << 20 if ON_GPU else 1 << 30) // _stored(height, width, fmt)))
+    plain = normal(height, width) * width**-0.5
+    if fmt == "bf16":
+        return [plain.clone() for _ in range(count)]
+    packed = quantize(plain, fmt)
+    return [packed._replace(data=packed.data.clone(), scale=packed.scale.clone()) for _ in range(count)]
 
 
 def _stored(height: int, width: int, fmt: str) -> int:

@@ -73,12 +73,14 @@ def plain_kernel(
     up_stride,
     residual_stride,
     out_stride,
+    column_stride,
     eps,
     HAS_SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     HAS_NORM: tl.constexpr,
     HAS_UP: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     ONCE: tl.constexpr,
     WHOLE: tl.constexpr,
     EVICTION: tl.constexpr,
@@ -88,8 +90,10 @@ def plain_kernel(
 ):
     """One row of x, tiles ``pid, pid + programs, ...`` of the weight's rows; all of it in fp32.
 
-    ONCE: a row of x is one block and is read once for all tiles. The rows of x are neighbouring programs, so that the
-    second finds the weights in the cache. The norm's 1/rms is found beside the sums and multiplies them at the end.
+    ONCE: a row of x is one block and is read once for all tiles. TRANSPOSED: the weight's rows are neighbours in memory,
+    its columns ``column_stride`` apart, and a tile has enough rows to read whole sectors. The rows of x are neighbouring
+    programs, so that the second finds the weights in the cache. The norm's 1/rms is found beside the sums and multiplies
+    them at the end.
     """
     m = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK_K)
@@ -102,7 +106,10 @@ def plain_kernel(
     for tile in tl.range(tl.program_id(1), tl.cdiv(height, BLOCK_N), tl.num_programs(1), num_stages=STAGES):
         row = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         safe = tl.minimum(row, height - 1).to(tl.int64)
-        weight_tile = weight_ptr + safe[:, None] * weight_stride + columns[None, :]
+        if TRANSPOSED:
+            weight_tile = weight_ptr + safe[:, None] + columns[None, :].to(tl.int64) * column_stride
+        else:
+            weight_tile = weight_ptr + safe[:, None] * weight_stride + columns[None, :]
         if HAS_UP:
             up_tile = up_ptr + safe[:, None] * up_stride + columns[None, :]
         if ONCE:
@@ -118,7 +125,8 @@ def plain_kernel(
             for start in tl.range(0, width, BLOCK_K, num_stages=STAGES):
                 inside = (start + columns < width)[None, :]
                 raw, x = x_at(x_row, norm_ptr, start + columns, width, HAS_NORM, WHOLE)
-                sums += load_wide(weight_tile + start, inside, WHOLE, EVICTION) * x[None, :]
+                at = tl.cast(start, tl.int64) * column_stride if TRANSPOSED else start
+                sums += load_wide(weight_tile + at, inside, WHOLE, EVICTION) * x[None, :]
                 if HAS_UP:
                     ups += load_wide(up_tile + start, inside, WHOLE, EVICTION) * x[None, :]
                 if HAS_NORM:

@@ -22,7 +22,7 @@ from torch import Tensor
 from csm_kernels import _ops
 from csm_kernels._compiled import in_memory
 from csm_kernels._target import runs_triton
-from csm_kernels.gemv_kernel import MAX_ROWS, launch_gemv, launch_gemv_swiglu, workspace_size
+from csm_kernels.gemv_kernel import MAX_ROWS, is_transposed, launch_gemv, launch_gemv_swiglu, workspace_size
 from csm_kernels.norm import rms_norm_ref
 from csm_kernels.quant import QuantWeight, dequantize, format_of
 from csm_kernels.swiglu import swiglu_ref
@@ -99,7 +99,7 @@ def _packed(data: Tensor, scale: Tensor | None, padding: int) -> Tensor | QuantW
     return data if scale is None else QuantWeight(data, scale, padding)
 
 
-def _checked_weight(x: Tensor, weight: Tensor | QuantWeight, name: str) -> None:
+def _checked_weight(x: Tensor, weight: Tensor | QuantWeight, name: str, transposed: bool) -> None:
     data = weight.data
     if isinstance(weight, QuantWeight):
         rows = 1 if format_of(weight) != "int4" else 2 if weight.symmetric else 3
@@ -113,7 +113,8 @@ def _checked_weight(x: Tensor, weight: Tensor | QuantWeight, name: str) -> None:
     width = weight.width if isinstance(weight, QuantWeight) else data.shape[-1]
     if data.ndim != 2 or width != x.shape[1]:
         raise ValueError(f"{name} must be [N, {x.shape[1]}] for x of {tuple(x.shape)}, got [{data.shape[0]}, {width}]")
-    _checked_rows(data, name)
+    if not (transposed and is_transposed(weight) and (data.stride(0) == 1 or data.shape[0] == 1)):
+        _checked_rows(data, name)
 
 
 def _checked_rows(tensor: Tensor, name: str) -> None:
@@ -138,7 +139,7 @@ def _checked(
     if not out_dtype.is_floating_point:
         raise ValueError(f"out_dtype must be a floating point dtype, got {out_dtype}")
     _checked_rows(x, "x")
-    _checked_weight(x, weight, name)
+    _checked_weight(x, weight, name, transposed=name == "weight")
     height = weight.data.shape[0]
     for what, tensor, shape in (
         ("bias", bias, (height,)),
@@ -230,8 +231,8 @@ def gemv(
 
     Args:
         x: ``[M, K]`` fp32, bf16 or fp16, M up to 16, unit stride in the last dimension.
-        weight: ``[N, K]`` fp32, bf16 or fp16, unit stride in the last dimension, or a
-            :class:`~csm_kernels.quant.QuantWeight` of any format.
+        weight: ``[N, K]`` fp32, bf16 or fp16, unit stride in the last dimension, or in the first as a transposed view
+            has it, or a :class:`~csm_kernels.quant.QuantWeight` of any format.
         bias: ``[N]``.
         residual: ``[M, N]``, added in fp32.
         norm_weight: ``[K]``; where given, x is normalised over K first, as :func:`~csm_kernels.norm.rms_norm` does.
@@ -239,9 +240,9 @@ def gemv(
         out_dtype: dtype of the result, fp32 where None.
 
     Returns:
-        ``[M, N]``, contiguous. Sums are fp32. For int4 at any M, and for all formats but fp32 from M = 3 on, x
-        (times ``norm_weight``) is rounded to bf16 for the tensor cores, with fp16 weights to tf32; otherwise nothing
-        is rounded. No gradients.
+        ``[M, N]``, contiguous. Sums are fp32. For int4 at any M, and from M = 3 on for all formats but fp32 and all
+        weights but transposed ones, x (times ``norm_weight``) is rounded to bf16 for the tensor cores, with fp16 weights
+        to tf32; otherwise nothing is rounded. No gradients.
 
     Raises:
         ValueError: shapes, dtypes or strides do not fit; the message names the argument.

@@ -35,16 +35,23 @@ _counts: Counter[str] = Counter()
 
 
 def csm(
-    graph: fx.GraphModule, example_inputs: list[Any], *, counts: Counter[str] | None = None, **options: Any
+    graph: fx.GraphModule,
+    example_inputs: list[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+    counts: Counter[str] | None = None,
 ) -> Callable[..., Any]:
     """Compile a graph Dynamo captured; ``torch.compile(..., backend="csm")`` calls this.
 
     Args:
         graph: the captured graph; rewritten in place.
         example_inputs: its inputs, fake tensors.
-        counts: the numbers of sites by op are added to it, for a caller that wants its own.
+        mode: ``mode=...`` of torch.compile, with Inductor's meaning.
         options: ``options={...}`` of torch.compile, handed to Inductor.
+        counts: the numbers of sites by op are added to it, for a caller that wants its own.
     """
+    from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
     found = rewrite(graph)
@@ -52,7 +59,8 @@ def csm(
     if counts is not None:
         counts.update(found)
     logger.info("backend csm replaced %s", dict(found) or "nothing")
-    return compile_fx(graph, example_inputs, config_patches=options.get("options"))
+    patches = {**list_mode_options(mode or "default"), **(options or {})}
+    return compile_fx(graph, example_inputs, config_patches=patches)
 
 
 def replaced() -> dict[str, int]:
@@ -324,7 +332,11 @@ def _match_linear(node: fx.Node) -> Replacement | None:
     x, weight = node.args[:2]
     bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
     value, matrix = _value(x), _value(weight)
-    if not isinstance(value, Tensor) or not isinstance(matrix, Tensor) or matrix.ndim != 2 or matrix.stride(-1) != 1:
+    if not isinstance(value, Tensor) or not isinstance(matrix, Tensor) or matrix.ndim != 2:
+        return None
+    # The stock depth decoder's heads are transposed views. On a CPU the library reads them faster than a compiled sum:
+    # 9 GB/s against 6 at 1024 x 2051 (2 cores, 2026-11-22).
+    if matrix.stride(-1) != 1 and not (matrix.is_cuda and matrix.stride(0) == 1):
         return None
     # Not Size.numel(): it would turn a symbolic length into the number it has just now.
     rows = math.prod(value.shape[:-1])

@@ -226,6 +226,30 @@ def test_writes_in_place_stay() -> None:
     assert torch.allclose(got, residual(x, torch.ones(4)), atol=1e-6)
 
 
+@pytest.mark.parametrize("choice", [{"mode": "max-autotune-no-cudagraphs"}, {"options": {"max_autotune": True}}])
+def test_modes_and_options_are_inductors(choice: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import compile_fx
+
+    patches: list[dict[str, Any]] = []
+    inner = compile_fx.compile_fx
+
+    def watched(*args: Any, config_patches: Any = None, **kwargs: Any) -> Any:
+        patches.append(config_patches)
+        return inner(*args, config_patches=config_patches, **kwargs)
+
+    monkeypatch.setattr(compile_fx, "compile_fx", watched)
+    torch._dynamo.reset()
+    x = torch.randn(2, 8)
+    assert torch.equal(torch.compile(torch.relu, backend="csm", **choice)(x), torch.relu(x))
+    assert patches[0]["max_autotune"] is True
+
+
+def test_an_option_inductor_does_not_know() -> None:
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="no_such_option"):
+        torch.compile(torch.relu, backend="csm", options={"no_such_option": 1})(torch.randn(2, 8))
+
+
 # ------------------------------------------------------------------------------------ what only looks like a match
 
 

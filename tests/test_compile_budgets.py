@@ -1,7 +1,7 @@
 """Every kernel compiles for every GPU target at CSM's real shapes, within its budget, on a machine without a GPU.
 
-``tests/kernels/cases_*.py`` name the launches. ``python tests/test_compile_budgets.py`` rewrites the budgets; read the
-difference before committing it: a kernel that starts to spill is a defect.
+``tests/kernels/cases_*.py`` name the launches. ``python tests/test_compile_budgets.py`` rewrites the budgets and the table
+in docs; read the difference before committing it: a kernel that starts to spill is a defect.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from csm_kernels.testing import CompileReport, compile_only
 
 HERE = Path(__file__).parent
 BUDGETS = HERE / "compile_budgets.json"
+PAGE = HERE.parent / "docs" / "compile-report.md"
 TARGETS = (80, 89, 90, 100, 120)
 
 pytestmark = [
@@ -72,6 +73,34 @@ def test_the_budget_names_no_case_that_is_gone() -> None:
     assert set(json.loads(BUDGETS.read_text())) == set(cases())
 
 
+def page(table: dict[str, dict[str, list[dict[str, int | str]]]]) -> str:
+    """The budgets as a page to read: sm_90 in full, of the other targets the most registers and spills."""
+    lines = [
+        "# Compile report",
+        "",
+        "Every kernel at CSM-1B's shapes, compiled ahead of time without a GPU; **none has run on one yet**. Written by",
+        "`make budgets` from `tests/compile_budgets.json`, which `make test` holds the kernels to. Registers are per thread,",
+        "shared memory is in bytes per program, wide loads are 16-byte global load instructions. What an op has to move is in",
+        'the column "bytes" of [bench/results/kernels-cpu.md](../bench/results/kernels-cpu.md).',
+        "",
+        "| launch | kernel | warps | registers | spills | stack | shared | wide loads | most registers elsewhere | spills |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, targets in sorted(table.items()):
+        shown = targets["sm_90"]
+        for i, row in enumerate(shown):
+            others = [rows[i] for target, rows in targets.items() if target != "sm_90"]
+            most = [max(int(other[what]) for other in others) for what in ("registers", "spills")]
+            figures = [row[what] for what in ("warps", "registers", "spills", "stack", "shared", "wide_loads")]
+            cells = [name if i == 0 else "", f"`{row['kernel']}`", *figures, *most]
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def test_the_page_shows_the_budgets() -> None:
+    assert PAGE.read_text() == page(json.loads(BUDGETS.read_text())), "make budgets writes both"
+
+
 def test_a_spill_is_seen() -> None:
     """The report is only worth something if it shows what the budget forbids."""
     from kernels.cases_budget_probe import spilling
@@ -89,6 +118,7 @@ def main() -> None:
         worst = max((r for rows in table[name].values() for r in rows), key=lambda r: (r["spills"], r["registers"]))
         print(f"{name}: at most {worst['registers']} registers, {worst['spills']} spills", flush=True)
     BUDGETS.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+    PAGE.write_text(page(table))
 
 
 if __name__ == "__main__":

@@ -132,6 +132,20 @@ def test_a_backend_that_fails(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Lo
 
 
 @pytest.mark.slow
+def test_a_backend_that_makes_wrong_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(function: Any, replaced: Any) -> Any:
+        return lambda *args: function(*args) * 1.01
+
+    monkeypatch.setattr(compiling, "compile_pass", wrong)
+    metrics = Metrics()
+    passes = Passes(build(), True, metrics)
+    with torch.no_grad():
+        passes.warm_up(2)
+    assert not passes.compiled
+    assert any("differs from the stock one by 1.0e-02" in what for what in metrics.faults)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["attention", "training"])
 def test_what_compiled_layers_are_not_for(how: str, compiled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another attention implementation, and modules in training mode: stock layers, the same tokens."""

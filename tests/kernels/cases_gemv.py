@@ -53,6 +53,12 @@ def _gemv(kind: str, name: str, rows: int, dtype: torch.dtype = torch.float32) -
     )
 
 
+def _transposed(kind: str, rows: int) -> None:
+    height, width = SHAPES["head"]
+    weight = torch.empty(width, height, dtype=getattr(torch, kind)).t()
+    launch_gemv(torch.zeros(rows, width), weight, None, None, None, 0.0, torch.empty(rows, height))
+
+
 def _swiglu(kind: str, rows: int, evict_first: bool = False) -> None:
     x, norm_weight = torch.zeros(rows, 1024), torch.ones(1024, dtype=torch.bfloat16)
     gate, up = _weight(kind, 8192, 1024), _weight(kind, 8192, 1024)
@@ -73,6 +79,8 @@ CASES |= {
     "gemv_swiglu bfloat16 M=1 evict_first": partial(_swiglu, "bfloat16", 1, True),
     "gemv_swiglu bfloat16 M=16": partial(_swiglu, "bfloat16", 16),
     "gemv_swiglu int4 asymmetric M=1": partial(_swiglu, "int4 asymmetric", 1),
+    "gemv head transposed bfloat16 M=1": partial(_transposed, "bfloat16", 1),
+    "gemv head transposed bfloat16 M=16": partial(_transposed, "bfloat16", 16),
     "gemv down float32 M=1": partial(_gemv, "float32", "down", 1),
     "gemv head float32 M=4": partial(_gemv, "float32", "head", 4),
     "gemv q float16 M=8": partial(_gemv, "float16", "q", 8),

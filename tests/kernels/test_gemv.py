@@ -114,6 +114,27 @@ def test_groups(device: torch.device, kind: str, group: int, width: int) -> None
     check(gemv(x, weight), x, weight, torch.float32)
 
 
+@pytest.mark.parametrize(("height", "width"), [(1, 63), (63, 2), (33, 128), (257, 130), (40, 999)])
+@pytest.mark.parametrize("kind", PLAIN)
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_transposed_weight_is_read_where_it_lies(
+    device: torch.device, kind: str, rows: int, height: int, width: int
+) -> None:
+    """As the stock depth decoder stores its heads: ``[D, V]``, used as ``[V, D]``; a part of a wider one, too."""
+    x, norm_weight = torch.randn(rows, width).to(device), (torch.rand(width) + 0.5).to(device)
+    bias, residual = torch.randn(height).to(device), torch.randn(rows, height).to(device)
+    wide = (torch.randn(width, height + 3) * width**-0.5).to(getattr(torch, kind)).to(device)
+    wide[:, height:] = float("nan")
+    weight = wide[:, :height].t()
+    assert gemv_kernel.is_transposed(weight)
+    check(gemv(x, weight), x, weight, torch.float32)
+    out = gemv(x, weight, bias, residual, norm_weight, EPS)
+    truth, eager = (
+        product(x, weight, norm_weight, d) + bias.to(d) + residual.to(d) for d in (torch.float64, torch.float32)
+    )
+    assert_close(out, truth, eager, name="gemv", terms=width)
+
+
 @pytest.mark.parametrize(("height", "width"), [(2051, 1024), (40, 8192), (256, 2048)])
 @pytest.mark.parametrize(("kind", "rows"), [("bfloat16", 1), ("int8", 1), ("fp8", 2), ("int4", 1), ("bfloat16", 8)])
 def test_the_models_sizes(device: torch.device, kind: str, rows: int, height: int, width: int) -> None:
@@ -365,7 +386,7 @@ def test_a_stack_is_read_one_matrix_at_a_time(device: torch.device) -> None:
         ({"weight": torch.ones(2, 4, 8)}, r"weight must be \[N, 8\]"),
         ({"weight": torch.ones(4, 8, dtype=torch.float64)}, "weight must be fp32"),
         ({"weight": torch.ones(4, 8, dtype=torch.int8)}, "weight must be fp32"),
-        ({"weight": torch.ones(8, 4).t()}, "weight must have unit stride"),
+        ({"weight": torch.ones(4, 16)[:, ::2]}, "weight must have unit stride"),
         ({"weight": quantize(torch.ones(4, 9), "int4")}, r"weight must be \[N, 8\]"),
         ({"weight": QuantWeight(torch.ones(4, 8, dtype=torch.int8), torch.ones(5))}, "weight.scale must be"),
         ({"weight": QuantWeight(torch.ones(4, 8, dtype=torch.int16), torch.ones(4))}, "data of a QuantWeight"),
