@@ -55,12 +55,14 @@ def csm(
     from torch._inductor.compile_fx import compile_fx
 
     found = rewrite(graph)
+    patches = {**list_mode_options(mode or "default"), **(options or {})}
+    compiled = compile_fx(graph, example_inputs, config_patches=patches)
+    # Not before: where Inductor finds out that a number must be a constant, Dynamo calls this once more.
     _counts.update(found)
     if counts is not None:
         counts.update(found)
     logger.info("backend csm replaced %s", dict(found) or "nothing")
-    patches = {**list_mode_options(mode or "default"), **(options or {})}
-    return compile_fx(graph, example_inputs, config_patches=patches)
+    return compiled
 
 
 def replaced() -> dict[str, int]:
