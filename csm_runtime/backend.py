@@ -10,6 +10,7 @@ references, written into the graph for Inductor to fuse. What has no backward is
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import operator
@@ -78,7 +79,6 @@ def rewrite(graph: fx.GraphModule) -> Counter[str]:
     """
     counts: Counter[str] = Counter()
     order = {node: place for place, node in enumerate(graph.graph.nodes)}
-    writes = [(order[node], _base(node)) for node in order if _writes_in_place(node)]
     training = torch.is_grad_enabled() and any(
         isinstance(value, Tensor) and value.requires_grad for value in map(_value, graph.graph.nodes)
     )
@@ -90,14 +90,16 @@ def rewrite(graph: fx.GraphModule) -> Counter[str]:
     if not training:
         rules += [("attention", _match_attention), ("gemv", _match_linear)]
     for name, match in rules:
+        writes = [(order[node], base) for node in graph.graph.nodes if _writes_in_place(node) for base in _bases(node)]
         for node in list(graph.graph.nodes):
-            found = match(node)
+            # What is itself written in place may be another tensor's memory, which a new node would not be.
+            found = None if _writes_in_place(node) else match(node)
             if found is None or not all(map(_kept, (node, *found[1]))):
                 continue
             function, args = found
             # Attention and products are one node and read where it stands; the others read earlier than the new node.
             read = [arg for arg in args if isinstance(arg, fx.Node) and name not in ("attention", "gemv")]
-            if any(order[arg] < place < order[node] and base is _base(arg) for place, base in writes for arg in read):
+            if any(order[arg] < place < order[node] and base in _bases(arg) for place, base in writes for arg in read):
                 continue
             with graph.graph.inserting_before(node):
                 new = graph.graph.call_function(function, args)
@@ -128,23 +130,47 @@ def _kept(node: Any) -> bool:
     return not isinstance(value, Tensor) or value.dtype not in (torch.float64, torch.complex64, torch.complex128)
 
 
+def _argument(node: fx.Node, place: int, name: str, default: Any = None) -> Any:
+    """An argument of a call, by its place or its name."""
+    return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
+
+
 def _writes_in_place(node: fx.Node) -> bool:
-    """Whether a node writes to its first argument, or to an ``out`` argument."""
+    """Whether a node writes to an argument."""
     if node.op not in ("call_function", "call_method"):
         return False
+    schema = getattr(node.target, "_schema", None)
+    if schema is not None:
+        return schema.is_mutable
     name = node.target if isinstance(node.target, str) else node.target.__name__
-    inplace = name.endswith("_") and not name.endswith("__")
-    return inplace or "out" in node.kwargs or node.target in _WRITERS
+    if (name.endswith("_") and not name.endswith("__")) or "out" in node.kwargs or node.target in _WRITERS:
+        return True
+    if isinstance(node.target, str) or getattr(node.target, "__module__", None) != functional.__name__:
+        return False
+    try:
+        return bool(inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments.get("inplace"))
+    except (TypeError, ValueError):
+        return bool(node.kwargs.get("inplace"))
 
 
-def _base(node: fx.Node) -> fx.Node:
-    """The first node of a chain of first arguments: tensors that share memory share it, and some that do not."""
-    while node.op in ("call_function", "call_method"):
-        source = node.kwargs.get("out", node.args[0] if node.args else None)
-        if not isinstance(source, fx.Node):
-            break
-        node = source
-    return node
+def _bases(node: fx.Node) -> set[fx.Node]:
+    """Where the memory of a node's value may come from: tensors that share memory share one of these.
+
+    Views and writes have their tensor as the first argument or as ``out``; of other calls that is not known, and what
+    they are given counts too. New nodes of ours share memory with nothing.
+    """
+    found: set[fx.Node] = set()
+    left = [node]
+    while left:
+        node = left.pop()
+        sources: Any = None
+        if node.op in ("call_function", "call_method") and node.target not in _REPLACEMENTS:
+            sources = node.kwargs.get("out", _argument(node, 0, "input"))
+        nodes = [s for s in (sources if isinstance(sources, (list, tuple)) else [sources]) if isinstance(s, fx.Node)]
+        left += nodes
+        if not nodes:
+            found.add(node)
+    return found
 
 
 def _is(node: Any, *targets: Any) -> bool:
@@ -153,8 +179,8 @@ def _is(node: Any, *targets: Any) -> bool:
 
 
 def _two(node: Any, *targets: Any) -> tuple[Any, Any] | None:
-    """Both operands of a binary call."""
-    return (node.args[0], node.args[1]) if _is(node, *targets) and len(node.args) == 2 else None
+    """Both operands of a binary call without options such as ``alpha``."""
+    return (node.args[0], node.args[1]) if _is(node, *targets) and len(node.args) == 2 and not node.kwargs else None
 
 
 _MUL = (operator.mul, operator.imul, torch.mul, "mul")
@@ -163,11 +189,15 @@ _WRITERS = {operator.setitem, *(getattr(operator, f"i{name}") for name in ("add"
 _CASTS = ("to", "float", "type_as", "type")
 
 
-def _uncast(node: Any) -> Any:
-    """What a chain of dtype casts started from."""
+def _uncast(node: Any, widening: bool = False) -> Any:
+    """What a chain of casts between floating point dtypes started from; with ``widening`` only casts that lose nothing."""
     while _is(node, *_CASTS):
         value, source = _value(node), _value(node.args[0])
         if not isinstance(source, Tensor) or not isinstance(value, Tensor) or source.device != value.device:
+            break
+        if not source.is_floating_point() or not value.is_floating_point():
+            break
+        if widening and torch.promote_types(source.dtype, value.dtype) != value.dtype:
             break
         node = node.args[0]
     return node
@@ -212,24 +242,25 @@ def _normalised(node: Any) -> tuple[Any, Any] | None:
     if not found:
         return None
     (squared, eps), x = found
-    return (_uncast(x), eps) if _uncast(x) is _uncast(squared) else None
+    x = _uncast(x, widening=True)
+    return (x, eps) if x is _uncast(squared, widening=True) else None
 
 
 def _mean_square(rsqrt: fx.Node) -> tuple[Any, Any] | None:
-    pair = _two(rsqrt.args[0], *_ADD)
+    pair = _two(_argument(rsqrt, 0, "input"), *_ADD)
     # With dynamic=True Dynamo makes even a module's epsilon an input.
     if pair is None or not isinstance(_value(pair[1]), (float, torch.SymFloat)):
         return None
     mean, eps = pair
-    if not _is(mean, torch.mean, "mean") or not mean.kwargs.get("keepdim", len(mean.args) > 2 and mean.args[2]):
+    if not _is(mean, torch.mean, "mean") or not set(mean.kwargs) <= {"input", "dim", "keepdim"}:
         return None
-    if mean.args[1:2] not in ((-1,), ([-1],), ((-1,),)) and mean.kwargs.get("dim") not in (-1, [-1], (-1,)):
+    if _argument(mean, 1, "dim") not in (-1, [-1], (-1,)) or _argument(mean, 2, "keepdim") is not True:
         return None
-    square = mean.args[0]
-    if _is(square, torch.pow, "pow", operator.pow) and square.args[1] == 2:
-        return square.args[0], eps
+    square = _argument(mean, 0, "input")
+    if _is(square, torch.pow, "pow", operator.pow) and _argument(square, 1, "exponent") == 2:
+        return _argument(square, 0, "input"), eps
     if _is(square, torch.square, "square"):
-        return square.args[0], eps
+        return _argument(square, 0, "input"), eps
     product = _two(square, *_MUL)
     return (product[0], eps) if product and product[0] is product[1] else None
 
@@ -254,23 +285,23 @@ def _match_rope(node: fx.Node) -> Replacement | None:
             # One angle per token, for all heads: [B or 1, 1, T, D].
             if table.shape != other.shape or table.shape[1] != 1 or table.shape[2:] != value.shape[2:]:
                 continue
-            return _apply_rope, (x, cos, sin)
+            return _apply_rope, (x, cos, sin, _value(node).dtype)
     return None
 
 
 def _rotated_half(node: Any) -> Any:
     """``x`` of ``cat((-x[..., D/2:], x[..., :D/2]), -1)``."""
-    if not _is(node, torch.cat) or node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None) != -1:
+    if not _is(node, torch.cat) or _argument(node, 1, "dim") != -1 or "out" in node.kwargs:
         return None
-    parts = node.args[0]
-    if len(parts) != 2 or not _is(parts[0], operator.neg, torch.neg, "neg"):
+    parts = _argument(node, 0, "tensors")
+    if not isinstance(parts, (list, tuple)) or len(parts) != 2 or not _is(parts[0], operator.neg, torch.neg, "neg"):
         return None
-    second, first = parts[0].args[0], parts[1]
+    second, first = _argument(parts[0], 0, "input"), parts[1]
     if not (_is(first, operator.getitem) and _is(second, operator.getitem) and first.args[0] is second.args[0]):
         return None
     x = first.args[0]
     value = _value(x)
-    if not isinstance(value, Tensor) or value.shape[-1] < _MIN_ROTARY_DIM:
+    if not isinstance(value, Tensor) or value.shape[-1] < _MIN_ROTARY_DIM or value.shape[-1] % 2:
         return None
     half = value.shape[-1] // 2
     wanted = (Ellipsis, slice(None, half, None)), (Ellipsis, slice(half, None, None))
@@ -286,29 +317,42 @@ def _match_swiglu(node: fx.Node) -> Replacement | None:
     if not found:
         return None
     silu, up = found
-    gate = silu.args[0]
-    if not all(isinstance(_value(t), Tensor) for t in (gate, up)) or _value(gate).shape != _value(up).shape:
+    gate = _argument(silu, 0, "input")
+    if (
+        _writes_in_place(silu)
+        or not all(isinstance(_value(t), Tensor) for t in (gate, up))
+        or _value(gate).shape != _value(up).shape
+    ):
         return None
-    return _swiglu, (gate, up)
+    return _swiglu, (gate, up, _value(node).dtype)
 
 
 def _match_attention(node: fx.Node) -> Replacement | None:
     """``scaled_dot_product_attention`` of one query position over everything it is given."""
     if not _is(node, functional.scaled_dot_product_attention):
         return None
-    q, k, v = node.args[:3]
-    options = dict(zip(("attn_mask", "dropout_p", "is_causal"), node.args[3:])) | node.kwargs
-    value = _value(q)
-    if not isinstance(value, Tensor) or value.ndim != 4 or value.shape[-2] != 1:
+    q, k, v, mask, dropout, causal = (
+        _argument(node, place, name)
+        for place, name in enumerate(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"))
+    )
+    shown = [_value(t) for t in (q, k, v)]
+    if not all(isinstance(t, Tensor) and t.ndim == 4 for t in shown) or shown[0].shape[-2] != 1:
         return None
-    usual = value.shape[-1] ** -0.5
-    mask = options.get("attn_mask")
-    if options.get("dropout_p") or options.get("is_causal") or (mask is not None and not _one_mask(_value(mask))):
+    if dropout or causal or (mask is not None and not _one_mask(_value(mask))):
         return None
-    scale = options.get("scale")
+    scale, usual = node.kwargs.get("scale"), shown[0].shape[-1] ** -0.5
     if scale is not None and (not isinstance(scale, float) or abs(scale - usual) > 1e-6 * usual):
         return None
-    return _attention, (q, _ungrouped(k), _ungrouped(v), mask)
+    # Heads broadcast in other ways than by groups are left alone, and so are values of another width than the keys'.
+    (batch, heads, _, dim), keys, values = (t.shape for t in shown)
+    if keys != values or keys[0] != batch or keys[3] != dim:
+        return None
+    if heads % keys[1] if node.kwargs.get("enable_gqa") else keys[1] != heads:
+        return None
+    few_k, few_v = _ungrouped(k), _ungrouped(v)
+    if _value(few_k).shape == _value(few_v).shape:
+        k, v = few_k, few_v
+    return _attention, (q, k, v, mask, _value(node).dtype)
 
 
 def _one_mask(mask: Any) -> bool:
@@ -331,8 +375,7 @@ def _match_linear(node: fx.Node) -> Replacement | None:
     """``linear`` of so few rows that its weights' bytes are all that counts: heads and decode steps."""
     if not _is(node, functional.linear):
         return None
-    x, weight = node.args[:2]
-    bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+    x, weight, bias = (_argument(node, place, name) for place, name in enumerate(("input", "weight", "bias")))
     value, matrix = _value(x), _value(weight)
     if not isinstance(value, Tensor) or not isinstance(matrix, Tensor) or matrix.ndim != 2:
         return None
@@ -344,7 +387,9 @@ def _match_linear(node: fx.Node) -> Replacement | None:
     rows = math.prod(value.shape[:-1])
     if not isinstance(rows, int) or not 1 <= rows <= _MAX_GEMV_ROWS or not value.dtype.is_floating_point:
         return None
-    return _linear, (x, weight, bias)
+    if 0 in matrix.shape:
+        return None
+    return _linear, (x, weight, bias, _value(node).dtype)
 
 
 # --------------------------------------------------------------------------------------- what is put in their place
@@ -356,8 +401,9 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tens
     return rms_norm_ref(x, weight, eps).to(dtype)
 
 
-def _apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _apply_rope(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
     batch, heads, tokens, dim = x.shape
+    x = x.to(dtype)
     if not x.is_cuda:
         return apply_rope_ref(x.transpose(1, 2), cos[:, 0].float(), sin[:, 0].float()).transpose(1, 2).to(x.dtype)
     cos, sin = (t.expand(batch, 1, tokens, dim).reshape(batch * tokens, dim).float() for t in (cos, sin))
@@ -365,25 +411,28 @@ def _apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return apply_rope(x.transpose(1, 2), cos, sin, positions).transpose(1, 2)
 
 
-def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+def _swiglu(gate: Tensor, up: Tensor, dtype: torch.dtype) -> Tensor:
     if gate.is_cuda:
-        return swiglu(gate, up)
-    return swiglu_ref(gate, up).to(torch.promote_types(gate.dtype, up.dtype))
+        return swiglu(gate.to(dtype), up)
+    return swiglu_ref(gate, up).to(dtype)
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
     batch, heads, _, dim = q.shape
     lengths = torch.full((batch,), k.shape[2], dtype=torch.int64, device=q.device)
     plain = None if mask is None else mask[:, 0, 0].expand(batch, -1)
     step = attention_step if q.is_cuda else attention_lengths_ref
     out = step(q[:, :, 0], k, v, lengths, mask=plain)
-    return out.view(batch, heads, 1, dim).to(q.dtype)
+    return out.view(batch, heads, 1, dim).to(dtype)
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     if x.is_cuda:
         out = gemv(rows, weight, bias)
     else:
         out = gemv_streamed(rows.float(), weight, bias)
-    return out.view(*x.shape[:-1], weight.shape[0]).to(x.dtype)
+    return out.view(*x.shape[:-1], weight.shape[0]).to(dtype)
+
+
+_REPLACEMENTS = (_rms_norm, _apply_rope, _swiglu, _attention, _linear)

@@ -360,9 +360,10 @@ class Engine:
         x = torch.randn(state.hidden.shape, generator=generator, dtype=torch.float32).to(self.device)
         slot = torch.zeros_like(state.seed)
         layer, cos, sin = packed.backbone.layers[0], self.rotary.cos[slot], self.rotary.sin[slot]
+        whole = torch.full((state.rows, self.capacity), float("-inf"), dtype=torch.float32, device=self.device)
+        whole[:, 0] = 0.0
         for window in runner.windows:
-            bias = torch.full((state.rows, window.size), float("-inf"), dtype=torch.float32, device=self.device)
-            bias[:, 0] = 0.0
+            bias = whole[:, : window.size]  # strides are what compiled steps take for granted
             args = (x, layer, *window.caches[0], slot, cos, sin, bias, self._shape)
             checks.append(("backbone layer", window.layer(*args, runner.ops), layer_step(*args, eager.ops)))
         # The values in the cache were rounded to its dtype: a rounding the other way is no fault.

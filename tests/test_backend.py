@@ -250,6 +250,172 @@ def test_an_option_inductor_does_not_know() -> None:
         torch.compile(torch.relu, backend="csm", options={"no_such_option": 1})(torch.randn(2, 8))
 
 
+def normed(x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
+
+
+def silu_in_place(x: Tensor, up: Tensor) -> Any:
+    x = x + 0
+    return functional.silu(x, inplace=True) * up, x
+
+
+def silu_in_place_by_position(x: Tensor, up: Tensor) -> Any:
+    x = x + 0
+    return functional.silu(x, True) * up, x
+
+
+def another_op_in_place(x: Tensor, up: Tensor) -> Any:
+    x = x + 0
+    smooth = functional.silu(x)
+    functional.relu(x, inplace=True)
+    return smooth * up, x
+
+
+def foreach_in_place(x: Tensor, up: Tensor) -> Any:
+    x = x + 0
+    smooth = functional.silu(x)
+    torch._foreach_add_([x], 1)
+    return smooth * up, x
+
+
+def product_in_place(x: Tensor, up: Tensor) -> Any:
+    up = up + 0
+    kept = up
+    up *= functional.silu(x)
+    up += 1
+    return up, kept
+
+
+def product_into_another(x: Tensor, up: Tensor) -> Any:
+    out = torch.empty_like(x)
+    torch.mul(functional.silu(x), up, out=out).add_(1)
+    return out
+
+
+def write_to_a_replaced_value(x: Tensor, up: Tensor) -> Any:
+    y = torch.ones(8) * normed(x)
+    smooth = functional.silu(y)
+    y += 1
+    return smooth * up, y
+
+
+def alpha_of_a_sum(x: Tensor, up: Tensor) -> Any:
+    mean = x.pow(2).mean(-1, keepdim=True)
+    return torch.ones(8) * (x * torch.rsqrt(torch.add(mean, 0.5, alpha=3)))
+
+
+def alpha_of_a_rotation(x: Tensor, up: Tensor) -> Any:
+    x, angle = x.view(1, 2, 4, 8), torch.linspace(0, 3, 8).expand(1, 1, 4, 8)
+    rotated = torch.cat((-x[..., 4:], x[..., :4]), -1)
+    return torch.add(x * angle.cos(), rotated * angle.sin(), alpha=-1)
+
+
+def truncated_input(x: Tensor, up: Tensor) -> Any:
+    return torch.ones(8) * normed((3 * x).to(torch.int32).float())
+
+
+def rounded_input(x: Tensor, up: Tensor) -> Any:
+    return torch.ones(8) * normed(x.to(torch.bfloat16).float() + 0) + normed(x.to(torch.bfloat16).float())
+
+
+def odd_head(x: Tensor, up: Tensor) -> Any:
+    x = x[:, :5].reshape(1, 2, 4, 5)
+    angle = torch.linspace(0, 3, 5).expand(1, 1, 4, 5)
+    return x * angle.cos() + torch.cat((-x[..., 2:], x[..., :2]), -1) * angle.sin()
+
+
+def narrow_values_of_attention(x: Tensor, up: Tensor) -> Any:
+    q, k = x.view(2, 4, 1, 8), up.view(2, 4, 1, 8).expand(2, 4, 5, 8)
+    return functional.scaled_dot_product_attention(q, k, k[..., :6])
+
+
+def groups_of_values_alone(x: Tensor, up: Tensor) -> Any:
+    q, v = x.view(2, 4, 1, 8), up[:4].view(2, 2, 1, 8).expand(2, 2, 5, 8)
+    k = v.repeat_interleave(2, 1)
+    v = v[:, :, None, :, :].expand(2, 2, 2, 5, 8).reshape(2, 4, 5, 8)
+    return functional.scaled_dot_product_attention(q, k, v)
+
+
+def broadcast_query(x: Tensor, up: Tensor) -> Any:
+    return functional.scaled_dot_product_attention(x[:1].view(1, 1, 1, 8), up.view(2, 4, 1, 8), up.view(2, 4, 1, 8))
+
+
+def empty_product(x: Tensor, up: Tensor) -> Any:
+    return functional.linear(x[:, :0], up[:, :0]), functional.linear(x, up[:0])
+
+
+def by_name(x: Tensor, up: Tensor) -> Any:
+    q, k = x.view(2, 4, 1, 8), up.view(2, 4, 1, 8)
+    square = torch.mean(input=x.pow(exponent=2), dim=-1, keepdim=True)
+    rotary, angle = x.view(1, 2, 4, 8), torch.linspace(0, 3, 8).expand(1, 1, 4, 8)
+    half = torch.cat(tensors=(-rotary[..., 4:], rotary[..., :4]), dim=-1)
+    return (
+        functional.scaled_dot_product_attention(query=q, key=k, value=k),
+        functional.scaled_dot_product_attention(q, key=k, value=k, attn_mask=None),
+        functional.linear(x, weight=up),
+        functional.linear(input=x, weight=up, bias=None),
+        functional.silu(input=x) * up,
+        torch.ones(8) * (x * torch.rsqrt(input=square + 1e-5)),
+        rotary * angle.cos() + half * angle.sin(),
+    )
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        silu_in_place,
+        silu_in_place_by_position,
+        another_op_in_place,
+        foreach_in_place,
+        product_in_place,
+        product_into_another,
+        write_to_a_replaced_value,
+        alpha_of_a_sum,
+        alpha_of_a_rotation,
+        truncated_input,
+        rounded_input,
+        odd_head,
+        narrow_values_of_attention,
+        groups_of_values_alone,
+        broadcast_query,
+        empty_product,
+        by_name,
+    ],
+)
+def test_whatever_is_replaced_the_results_stay(function: Callable[..., Any]) -> None:
+    x, up = torch.randn(8, 8), torch.randn(8, 8)
+    wanted = function(x.clone(), up.clone())
+    got, counts = run(function, x, up)
+    for a, b in zip(*(t if isinstance(t, tuple) else (t,) for t in (got, wanted))):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        assert torch.allclose(a, b, atol=1e-5)
+    if function is by_name:
+        assert counts == {"rms_norm": 1, "rope": 1, "swiglu": 1, "attention": 2, "gemv": 2}
+
+
+def test_dtypes_are_those_of_eager() -> None:
+    """A bf16 rotation by fp32 angles is fp32; under autocast, products and attention of fp32 tensors are bf16."""
+
+    def mixed(x: Tensor, weight: Tensor) -> Any:
+        heads, angle = x.bfloat16().view(1, 2, 4, 8), torch.linspace(0, 3, 8).expand(1, 1, 4, 8)
+        rotated = torch.cat((-heads[..., 4:], heads[..., :4]), -1)
+        rotation = heads * angle.cos() + rotated * angle.sin()
+        cache = torch.zeros(16, 8, dtype=torch.bfloat16)
+        with torch.autocast("cpu", torch.bfloat16):
+            product = functional.linear(x, weight)
+            cache.index_copy_(0, torch.arange(8), product)
+            q = x.view(2, 4, 1, 8)
+            return rotation, product, cache, functional.scaled_dot_product_attention(q, q, q)
+
+    x, weight = torch.randn(8, 8), torch.randn(8, 8)
+    got, counts = run(mixed, x, weight)
+    assert counts == {"rope": 1, "attention": 1, "gemv": 1}
+    for a, b in zip(got, mixed(x, weight)):
+        assert a.dtype == b.dtype
+        assert torch.allclose(a.float(), b.float(), atol=0.1)
+    assert torch.allclose(got[0], mixed(x, weight)[0], atol=1e-5)
+
+
 # ------------------------------------------------------------------------------------ what only looks like a match
 
 

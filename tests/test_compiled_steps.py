@@ -108,18 +108,20 @@ def test_the_pair_is_two_steps(name: str, rows: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_context_that_outgrows_the_short_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_context_that_outgrows_the_short_layers(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "_SHORT_WINDOW", 16)
-    model = accelerate(build(), mode="compile", batch_sizes=(1,), progress=False)
+    model = accelerate(build(), mode="compile", batch_sizes=(rows,), progress=False)
     own = model.acceleration._engine
-    runner = own.runner(1)
+    assert own.mode == "compile" and not model.acceleration.notes
+    runner = own.runner(rows)
     assert [window.size for window in runner.windows] == [16, own.capacity]
     calls: list[int] = []
     runner.windows = [
         window._replace(layer=lambda *args, window=window: (calls.append(window.size), window.layer(*args))[1])
         for window in runner.windows
     ]
-    prompt = text_prompt((12,))
+    prompt = text_prompt([12] * rows)
     wanted = stock(model, **prompt, **GREEDY, max_new_tokens=9)
     with on_fast_path(model):
         assert torch.equal(model.generate(**prompt, **GREEDY, max_new_tokens=9), wanted)
