@@ -121,6 +121,20 @@ def test_new_weights(model: Any) -> None:
         model.eval()
 
 
+def test_frozen_parts(model: Any) -> None:
+    """A fine-tuner who freezes some layers, or some weights of a layer, and thaws them again."""
+    parameters = list(model.backbone_model.parameters())
+    wanted = [p.requires_grad for p in parameters]
+    with no_new_graphs(), on_fast_path(model, calls=3):
+        for period in (1, 2, 5):
+            for i, p in enumerate(parameters):
+                p.requires_grad_(i % period == 0)
+            model.generate(**text_prompt((5,)), **GREEDY, max_new_tokens=2)
+            assert [p.requires_grad for p in parameters] == [i % period == 0 for i in range(len(parameters))]
+        for p, want in zip(parameters, wanted):
+            p.requires_grad_(want)
+
+
 def test_steps_compiled_many_times_keep_their_own_limits() -> None:
     """Dynamo gives one code object eight graphs and then runs it eagerly without a word."""
 

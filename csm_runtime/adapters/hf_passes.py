@@ -53,6 +53,21 @@ def _layer_pass(
     return layer(x, attention_mask=mask, position_embeddings=(cos, sin), past_key_values=cache, use_cache=True)
 
 
+def _frozen(module: Any) -> Any:
+    """A copy of a module around the same weights, none of which wants a gradient.
+
+    Dynamo guards on that: without it, a model of which parts are frozen compiles for every pattern of them.
+    """
+    twin = object.__new__(type(module))
+    twin.__dict__.update(module.__dict__)
+    twin.__dict__["_parameters"] = {
+        name: None if p is None else torch.nn.Parameter(p.detach(), requires_grad=False)
+        for name, p in module._parameters.items()
+    }
+    twin.__dict__["_modules"] = {name: None if m is None else _frozen(m) for name, m in module._modules.items()}
+    return twin
+
+
 def _own(tensor: Tensor) -> Tensor:
     """A contiguous tensor that is no view: Dynamo guards on what a view is a view of."""
     return tensor.clone(memory_format=torch.contiguous_format)
@@ -98,10 +113,10 @@ class Passes:
         cache = weight.new_zeros(rows, stack.config.num_key_value_heads, room, stack.config.head_dim)
 
         def compare(layer: Callable[..., Tensor]) -> None:
-            made = []
+            made, frozen = [], _frozen(stack.layers[0])
             for run in (layer, _layer_pass):
                 caches = cache.clone(), cache.clone()
-                made.append((run(stack.layers[0], x, mask, cos, sin, slots, *caches), *caches))
+                made.append((run(frozen, x, mask, cos, sin, slots, *caches), *caches))
             for ours, stock in zip(*made):
                 error = float((ours - stock).abs().max()) / max(float(stock.abs().max()), 1e-12)
                 if not error <= (1e-3 if x.dtype == torch.float32 else 5e-2):
@@ -176,7 +191,7 @@ class Passes:
         config, device = stack.config, x.device
         # One position more than are ever used: whether a part of a cache is all of it would be a guard.
         shape = (rows, config.num_key_value_heads, tokens + 1, config.head_dim)
-        layers = stack.layers[: config.num_hidden_layers]
+        layers = [_frozen(module) for module in stack.layers[: config.num_hidden_layers]]
         caches = [(x.new_empty(shape), x.new_empty(shape)) for _ in layers]
         steps = torch.arange(tokens, device=device)
         positions = steps[None] if positions is None else positions
