@@ -431,7 +431,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     bars.axvline(100, color="black")
     bars.invert_yaxis()
     bars.tick_params(axis="y", labelsize=8)
-    bars.set(xlabel="% of the bandwidth measured beside it", title="beyond 100 %: from the cache")
+    bars.set(xlabel="% of the bandwidth measured beside it", title="share of the memory bandwidth")
     figure.suptitle(result["device"])
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
