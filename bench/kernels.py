@@ -3,8 +3,8 @@
     python bench/kernels.py                    all ops on the device there is
     python bench/kernels.py --ops gemv norm    some of them
 
-Runs on pytest-benchmark: each case is one test, each round times our op and, just before it, every rival, so that a
-machine whose speed moves moves all of them; a few calls in a row on a CPU, whose threads the first one wakes. On CUDA
+Runs on pytest-benchmark: each case is one test, each round times our op and every rival, so that a machine whose speed
+moves moves all of them, beginning with another one each time; a few calls in a row on a CPU, as in a frame. On CUDA
 ours are the Triton kernels, timed by ``triton.testing`` with a cold L2; on a CPU they are the references under
 torch.compile, as the engine runs them. An op whose tests fail gets no speed: its tests run first. Rivals: the same in
 eager PyTorch, in torch.compile, and, for norm, rope and swiglu on CUDA, liger-kernel.
@@ -37,7 +37,7 @@ from csm_kernels.gemv import gemv, gemv_streamed, gemv_swiglu
 from csm_kernels.norm import rms_norm, rms_norm_ref
 from csm_kernels.quant import QuantWeight, dequantize, quantize
 from csm_kernels.rope import apply_rope, apply_rope_ref
-from csm_kernels.rvq import rvq_decode
+from csm_kernels.rvq import rvq_decode, rvq_decode_ref
 from csm_kernels.sampling import NoiseKey, SamplingParams, gumbel_noise_ref, sample, sample_bisected, sample_ref
 from csm_kernels.swiglu import swiglu, swiglu_ref
 from csm_runtime import hugepages
@@ -76,6 +76,7 @@ def variants(
 
     They go round it far apart from one another: what one has just read must not be in the cache for the next.
     """
+    assert reference is not eager, "a race against itself"
     found = {"ours": ours if ON_GPU else compiled(reference), "eager": eager, "compile": compiled(eager), **more}
 
     def ring(function: Callable[..., Any], start: int) -> Callable[[], Any]:
@@ -278,7 +279,8 @@ def rvq_case(frames: int) -> Case:
             both = (functional.linear(vectors[:, 0], first), functional.linear(vectors[:, 1:].sum(1), rest))
             return (both[0] + both[1]).transpose(1, 2)
 
-        return variants(lambda c: rvq_decode(c, books, first, rest), eager, eager, codes)
+        reference = lambda c: rvq_decode_ref(c, books, first, rest)  # noqa: E731
+        return variants(lambda c: rvq_decode(c, books, first, rest), reference, eager, codes)
 
     size = 4 * (32 * 256 * frames + 2 * 512 * 256 + 512 * frames)
     return Case("rvq", f"rvq 32 codes x {frames} frames fp32", size, 2 * 2 * 512 * 256 * frames, make)
@@ -306,12 +308,7 @@ CASES = [
 
 
 CALLS = 4
-"""Calls in a row per timing on a CPU, as in a frame: the first one of them wakes the threads."""
-
-
-def _repeated(function: Callable[[], Any]) -> None:
-    for _ in range(1 if ON_GPU else CALLS):
-        function()
+"""Calls in a row per timing on a CPU, as in a frame."""
 
 
 def _once(function: Callable[[], Any]) -> float:
@@ -321,7 +318,8 @@ def _once(function: Callable[[], Any]) -> float:
 
         return float(do_bench(function, warmup=5, rep=20, return_mode="median")) / 1e3
     start = time.perf_counter()
-    _repeated(function)
+    for _ in range(CALLS):
+        function()
     return (time.perf_counter() - start) / CALLS
 
 
@@ -334,23 +332,23 @@ def test_speed(case: Case, benchmark: Any) -> None:
     rounds = 15 if ON_GPU else 41
     with torch.inference_mode():
         made = case.make()
-        ours, rivals = made.pop("ours"), made
-        for function in (ours, *rivals.values()):
+        for function in made.values():
             for _ in range(3):
                 function()
-        times: dict[str, list[float]] = {name: [] for name in ("ours", *rivals)}
+        times: dict[str, list[float]] = {name: [] for name in made}
         speeds = [streaming_bandwidth(DEVICE)]
+        turns = itertools.count()
 
-        def rivals_and_events() -> None:
-            for name, function in rivals.items():
-                times[name].append(_once(function))
-            if ON_GPU:
-                times["ours"].append(_once(ours))
+        def race() -> None:
+            """Time each once, by the same clock, after a call of its own; another one begins every time."""
+            names, first = list(made), next(turns)
+            for i in range(len(names)):
+                name = names[(first + i) % len(names)]
+                made[name]()
+                times[name].append(_once(made[name]))
 
-        benchmark.pedantic(lambda: _repeated(ours), setup=rivals_and_events, rounds=rounds, iterations=1)
+        benchmark.pedantic(race, rounds=rounds, iterations=1)
         speeds.append(streaming_bandwidth(DEVICE))
-    if not ON_GPU:
-        times["ours"] = [seconds / CALLS for seconds in benchmark.stats.stats.data]
     benchmark.extra_info.update(
         op=case.op,
         case=case.name,

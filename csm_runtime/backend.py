@@ -311,9 +311,7 @@ def _rotated_half(node: Any) -> Any:
 def _match_swiglu(node: fx.Node) -> Replacement | None:
     """``silu(gate) * up``."""
     pair = _two(node, *_MUL)
-    found = pair and _either(
-        pair, lambda operand: operand if _is(operand, functional.silu, torch.nn.functional.silu) else None
-    )
+    found = pair and _either(pair, lambda operand: operand if _is(operand, functional.silu) else None)
     if not found:
         return None
     silu, up = found
