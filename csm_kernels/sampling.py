@@ -19,6 +19,8 @@ from csm_kernels._target import runs_triton, tl, triton
 from csm_kernels._tiles import tiles
 
 _LARGEST_VOCAB = 65536
+WHOLE_VOCAB = 4096
+"""Up to this vocabulary a program keeps a row's scores and noise in registers."""
 _MULT_A, _MULT_B = 0xD2511F53, 0xCD9E8D57
 _WEYL_A, _WEYL_B = 0x9E3779B9, 0xBB67AE85
 _MASK = 0xFFFFFFFF
@@ -203,8 +205,9 @@ def _lowest_kept(
 
 
 @triton.jit
-def _sample_kernel(
-    logits_ptr,
+def draw(
+    logits_row,
+    noise,
     temperature_ptr,
     top_k_ptr,
     top_p_ptr,
@@ -212,38 +215,32 @@ def _sample_kernel(
     seed_ptr,
     utterance_ptr,
     frame_ptr,
-    codebook_ptr,
-    tokens_ptr,
-    flags_ptr,
-    logits_stride,
+    codebook,
     vocab,
-    HAS_FLAGS: tl.constexpr,
     ROUNDS: tl.constexpr,
     WHOLE: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """One row. ``WHOLE``: scores and noise stay in registers; else every pass makes them again, block by block.
+    """Token of one row, and whether its logits are healthy; the pointers stand at the row.
+
+    ``WHOLE``: scores and ``noise`` stay in registers; else ``noise`` is not looked at, and every pass makes both again,
+    block by block.
 
     Top-k alone needs no threshold: the winner of the race over all tokens is the draw if fewer than k scores are larger
     than its own, else it is struck out and the next best tried. A peaked row takes 1.4 rounds on average, a flat one up
     to a hundred, so after ``ROUNDS`` of them the threshold is searched for, as it is where top-p needs it.
     """
-    row = tl.program_id(0).to(tl.int64)
-    logits_row = logits_ptr + row * logits_stride
     largest, token, broken = _survey(logits_row, vocab, BLOCK_V)
     healthy = (broken == 0) & (largest > float("-inf"))
-    if healthy & (tl.load(do_sample_ptr + row) != 0):
-        temperature = tl.load(temperature_ptr + row)
-        top_k = tl.minimum(tl.maximum(tl.load(top_k_ptr + row), 1), vocab).to(tl.float32)
-        top_p = tl.load(top_p_ptr + row)
-        seed, utterance, frame = tl.load(seed_ptr + row), tl.load(utterance_ptr + row), tl.load(frame_ptr + row)
-        codebook = tl.load(codebook_ptr)
+    if healthy & (tl.load(do_sample_ptr) != 0):
+        temperature = tl.load(temperature_ptr)
+        top_k = tl.minimum(tl.maximum(tl.load(top_k_ptr), 1), vocab).to(tl.float32)
+        top_p = tl.load(top_p_ptr)
+        seed, utterance, frame = tl.load(seed_ptr), tl.load(utterance_ptr), tl.load(frame_ptr)
         top = tl.div_rn(largest, temperature)
-        scores, noise = top, top
+        scores = top
         if WHOLE:
-            columns = tl.arange(0, BLOCK_V)
-            scores = _scores(logits_row, columns, vocab, temperature)
-            noise = _noise(columns, seed, utterance, frame, codebook)
+            scores = _scores(logits_row, tl.arange(0, BLOCK_V), vocab, temperature)
 
         minimum = tl.full((), float("-inf"), tl.float32)
         low = _key(minimum)
@@ -282,7 +279,63 @@ def _sample_kernel(
                 logits_row, scores, noise, vocab, temperature, seed, utterance, frame, codebook,
                 _score_of(low), float("inf"), -1, WHOLE, BLOCK_V,
             )  # fmt: skip
-    tl.store(tokens_ptr + row, tl.where(healthy, token, 0).to(tl.int64))
+    return tl.where(healthy, token, 0), healthy
+
+
+@triton.jit
+def noise_of(
+    seed_ptr, utterance_ptr, frame_ptr, codebook, do_sample_ptr, WHOLE: tl.constexpr, BLOCK_V: tl.constexpr
+):
+    """The noise :func:`draw` wants: it depends on no logits, so it can be made while they are."""
+    noise = tl.zeros((BLOCK_V if WHOLE else 1,), tl.float32)
+    if WHOLE:
+        if tl.load(do_sample_ptr) != 0:
+            seed, utterance, frame = tl.load(seed_ptr), tl.load(utterance_ptr), tl.load(frame_ptr)
+            noise = _noise(tl.arange(0, BLOCK_V), seed, utterance, frame, codebook)
+    return noise
+
+
+@triton.jit
+def _sample_kernel(
+    logits_ptr,
+    temperature_ptr,
+    top_k_ptr,
+    top_p_ptr,
+    do_sample_ptr,
+    seed_ptr,
+    utterance_ptr,
+    frame_ptr,
+    codebook_ptr,
+    tokens_ptr,
+    flags_ptr,
+    logits_stride,
+    vocab,
+    HAS_FLAGS: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """One row."""
+    row = tl.program_id(0).to(tl.int64)
+    codebook = tl.load(codebook_ptr)
+    noise = noise_of(seed_ptr + row, utterance_ptr + row, frame_ptr + row, codebook, do_sample_ptr + row, WHOLE, BLOCK_V)
+    token, healthy = draw(
+        logits_ptr + row * logits_stride,
+        noise,
+        temperature_ptr + row,
+        top_k_ptr + row,
+        top_p_ptr + row,
+        do_sample_ptr + row,
+        seed_ptr + row,
+        utterance_ptr + row,
+        frame_ptr + row,
+        codebook,
+        vocab,
+        ROUNDS,
+        WHOLE,
+        BLOCK_V,
+    )
+    tl.store(tokens_ptr + row, token.to(tl.int64))
     if HAS_FLAGS:
         tl.store(flags_ptr + row, 1, mask=healthy == 0)
 
@@ -299,7 +352,7 @@ def launch_sample(
     if rows == 0:
         return
     # At 16 warps the 4096 columns of CSM's vocabulary take 61 registers on sm_90 and spill nothing; at 8 they spill.
-    whole = vocab <= 4096
+    whole = vocab <= WHOLE_VOCAB
     block = triton.next_power_of_2(vocab) if whole else 2048
     sizes = tiles(
         "sampling",

@@ -1,0 +1,1 @@
+"""The fused codebook decode: all codebooks of one frame in one call."""
