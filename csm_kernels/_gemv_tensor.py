@@ -38,6 +38,25 @@ _UNPACK_UNSIGNED = tl.constexpr(_unpacking("0xC300C300"))  # -128
 
 
 @triton.jit
+def nibbles(packed, SYMMETRIC: tl.constexpr, UNPACK: tl.constexpr):
+    """Low and high nibbles of bytes in bf16, from -8 on where SYMMETRIC, else from 0."""
+    if UNPACK:
+        low, high = tl.inline_asm_elementwise(
+            _UNPACK_SIGNED if SYMMETRIC else _UNPACK_UNSIGNED,
+            "=r,=r,=r,=r,r",
+            [packed],
+            dtype=(tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        zero = 8 if SYMMETRIC else 0
+        low = ((packed & 15).to(tl.int32) - zero).to(tl.bfloat16)
+        high = ((packed >> 4).to(tl.int32) - zero).to(tl.bfloat16)
+    return low, high
+
+
+@triton.jit
 def _slices_dot(
     total,
     tile_ptr,
@@ -58,19 +77,7 @@ def _slices_dot(
             packed = tl.load(tile_ptr, eviction_policy=EVICTION)
         else:
             packed = tl.load(tile_ptr, mask=inside_groups, other=0, eviction_policy=EVICTION)
-        if UNPACK:
-            low, high = tl.inline_asm_elementwise(
-                _UNPACK_SIGNED if SYMMETRIC else _UNPACK_UNSIGNED,
-                "=r,=r,=r,=r,r",
-                [packed],
-                dtype=(tl.bfloat16, tl.bfloat16),
-                is_pure=True,
-                pack=4,
-            )
-        else:
-            zero = 8 if SYMMETRIC else 0
-            low = ((packed & 15).to(tl.int32) - zero).to(tl.bfloat16)
-            high = ((packed >> 4).to(tl.int32) - zero).to(tl.bfloat16)
+        low, high = nibbles(packed, SYMMETRIC, UNPACK)
         part = tl.dot(high, x_high, tl.dot(low, x_low))
         if SYMMETRIC:
             total += part * tl.load(scale_ptr, mask=inside_groups, other=0.0).to(tl.float32)

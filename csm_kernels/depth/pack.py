@@ -307,13 +307,25 @@ def projected_table(
     return out
 
 
-def unpacked_o(stack: PackedStack) -> Tensor:
-    """The fp32 matrices O stand for, ``[L, D, heads * dim]``, their segments put together again."""
-    shape, matrix = stack.shape, stack.o
-    if stack.segments > 1 and isinstance(matrix, QuantWeight) and format_of(matrix) != "int4":
-        matrix = QuantWeight(matrix.data, matrix.scale.repeat(1, stack.segments), matrix.padding)
-    parts = dequantize(matrix).view(shape.layers, stack.segments, shape.width, -1)
-    return parts.transpose(1, 2).reshape(shape.layers, shape.width, -1)
+def unpacked_o(stack: PackedStack, layer: int) -> Tensor:
+    """The fp32 matrix O of one layer stands for, ``[D, heads * dim]``, its segments put together again."""
+    matrix = stack.o
+    if isinstance(matrix, QuantWeight):
+        scale = matrix.scale[layer]
+        if stack.segments > 1 and format_of(matrix) != "int4":
+            scale = scale.repeat(stack.segments)
+        parts = dequantize(QuantWeight(matrix.data[layer], scale, matrix.padding))
+    else:
+        parts = matrix[layer].float()
+    parts = parts.view(stack.segments, stack.shape.width, -1)
+    return parts.transpose(0, 1).reshape(stack.shape.width, -1)
+
+
+def one(matrix: Matrix, index: int) -> Tensor:
+    """One matrix of a stack as a plain tensor, dequantised to fp32 where it is quantised."""
+    if isinstance(matrix, QuantWeight):
+        return dequantize(QuantWeight(matrix.data[index], matrix.scale[index], matrix.padding))
+    return matrix[index]
 
 
 def tensors(packed: Any) -> list[Tensor]:
@@ -394,7 +406,7 @@ def make_workspace(
     """Allocate what one step needs, once. ``depth`` given: for a depth decoder, two positions in its first pass."""
     shape = stack.shape
     rows, vocab = batch * (1 if depth is None else 2), 1 if depth is None else depth.vocab
-    act = torch.float32 if format_of(stack.gate_up) == "float32" else torch.bfloat16
+    act = torch.float32 if format_of(stack.gate_up) in ("float32", "float16") else torch.bfloat16
     heads, f32, i32 = (rows, shape.heads, splits), torch.float32, torch.int32
     sizes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         "stream": ((rows, shape.width), f32),
