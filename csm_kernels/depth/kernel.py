@@ -27,6 +27,8 @@ from csm_kernels.sampling import WHOLE_VOCAB, NoiseKey, SamplingParams
 _PROCESSORS = 132  # of an H100, for launches that are only compiled or interpreted
 _POLLS = 20_000_000
 """A barrier gives up after so many looks: a few seconds at 0.1 to 0.5 us a look."""
+_DRAW_WARPS = 8
+"""At 4 warps the draw takes 225 registers a thread (CSM's 2051 tokens, sm_90)."""
 _ROUNDS = 8
 """Of strike-out in the draw, before it searches for the threshold."""
 
@@ -186,13 +188,13 @@ def _tile(
     kind = 1 if fmt in ("int8", "fp8") else 2 if fmt == "int4" else 0
     dot = fmt == "int4" or (at.batch > 1 and fmt != "float32")
     stored = segments * matrix.data.shape[-1]
-    depth = matrix.group // 2 if isinstance(matrix, QuantWeight) and kind == 2 else 64
+    depth = matrix.group // 2 if isinstance(matrix, QuantWeight) and kind == 2 else 64 if at.batch <= 4 else 32
     slices = min(at.warps, triton.next_power_of_2(triton.cdiv(stored, depth))) if dot else 1
     block_k = slices * depth if dot else min(triton.next_power_of_2(width), 2048)
     least = 16 if dot else 2 if pairs else 1
     largest = at.warps * 32 * (32 if fmt == "float32" else 64) // block_k
-    if not at.persistent:
-        largest = least if dot else 2
+    if dot or not at.persistent:
+        largest = max(least, 2)
     elif segments > 1 and not dot:  # a tile is rows of one segment
         height, largest = segments * height, at.warps * 32 * 64 // triton.next_power_of_2(width // segments)
     block_n = chosen.get("BN", _balanced(height, least, max(least, largest), at.programs))
@@ -270,7 +272,7 @@ def plan(
         tile("down", stack.down, shape.width, shape.ffn),
         tile("heads", depth.heads, depth.vocab, shape.width) if depth is not None else None,
     )
-    sizes = _sizes(stack, depth, batch, workspace, capacity, persistent, found.o.DOT)
+    sizes = _sizes(stack, depth, batch, workspace, capacity, persistent, found.o.DOT, warps)
     if not persistent:
         sync = PDL if facts is not None and facts.capability >= 90 and inline_ptx() else NO_SYNC
     else:
@@ -286,6 +288,7 @@ def _sizes(
     capacity: int,
     persistent: bool,
     dot: bool,
+    warps: int,
 ) -> Sizes:
     shape, vocab = stack.shape, 1 if depth is None else depth.vocab
     group = shape.heads // shape.groups
@@ -304,7 +307,7 @@ def _sizes(
         SCALE=shape.dim**-0.5,
         EPS=shape.eps,
         C=capacity,
-        BC=max(1, min(triton.next_power_of_2(capacity), 8192 // (heads * wide))),
+        BC=max(1, min(triton.next_power_of_2(capacity), 1024 * warps // (heads * wide))),
         SPLITS=workspace.buffers.peak.shape[2],
         POSITIONS=stack.cos.shape[0],
         DEPTH=depth is not None,
@@ -406,7 +409,8 @@ def run_launches(p: Plan, launches: Iterator[Launch]) -> None:
     sync = NO_SYNC
     for _, kernel, grid, arguments in launches:
         options = {"launch_pdl": True} if sync == PDL else {}
-        kernel[(grid,)](*arguments, SYNC=sync, num_warps=p.warps, **options)
+        warps = max(p.warps, _DRAW_WARPS) if kernel is draws_kernel else p.warps
+        kernel[(grid,)](*arguments, SYNC=sync, num_warps=warps, num_stages=1, **options)
         sync = p.sync
 
 
@@ -436,4 +440,4 @@ def launch_stack(p: Plan, a: Pointers, batch: int) -> None:
 
 
 def _cooperative(p: Plan) -> dict[str, Any]:
-    return {"num_warps": p.warps} if interpreting() else {"num_warps": p.warps, "launch_cooperative_grid": True}
+    return {"num_warps": p.warps, "num_stages": 1, **({} if interpreting() else {"launch_cooperative_grid": True})}
