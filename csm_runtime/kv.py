@@ -16,7 +16,8 @@ class State:
     ``hidden`` ``[B, D]`` fp32 is the backbone's normalised last hidden state; ``codes`` ``[B, K]`` the latest frame;
     ``length`` ``[B]`` the next free cache slot; ``position`` ``[B]`` the next rotary position, which differs from
     ``length`` under left padding; ``filled`` the next free slot as the host knows it; ``allowed`` ``[B, C]`` which
-    slots a row may look at; ``frame`` ``[B]`` frames made.
+    slots a row may look at; ``frame`` ``[B]`` frames made. ``all_keys`` and ``all_values`` ``[L, B, KV, C, D]`` are the
+    backbone's caches, ``keys`` and ``values`` their layers.
     """
 
     def __init__(self, spec: ModelSpec, rows: int, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -30,8 +31,10 @@ class State:
 
         self.rows, self.capacity = rows, capacity
         self.filled = 0
-        self.keys = caches(b.layers, b.kv_heads, capacity, b.head_dim)
-        self.values = caches(b.layers, b.kv_heads, capacity, b.head_dim)
+        size = (b.layers, rows, b.kv_heads, capacity, b.head_dim)
+        self.all_keys = torch.zeros(size, dtype=dtype, device=device)
+        self.all_values = torch.zeros(size, dtype=dtype, device=device)
+        self.keys, self.values = list(self.all_keys.unbind()), list(self.all_values.unbind())
         self.depth_keys = caches(d.layers, d.kv_heads, spec.codebooks, d.head_dim)
         self.depth_values = caches(d.layers, d.kv_heads, spec.codebooks, d.head_dim)
         self.hidden = torch.zeros(rows, b.hidden, dtype=torch.float32, device=device)

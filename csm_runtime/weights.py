@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from csm_kernels.quant import QuantWeight, quantize_int8
 from csm_runtime.adapters.spec import LayerWeights, LinearWeights, ModelWeights
@@ -96,6 +97,12 @@ def _fingerprint(source: Tensor) -> Tensor:
     odd = torch.arange(1, 129, 2, device=flat.device)
     sums = (words[: blocks * 4096].view(blocks, 64, 64).sum(2) * odd).sum(1)
     return torch.cat([sums, words[blocks * 4096 :], raw[whole:].long()])
+
+
+def fingerprints(packed: Packed) -> Tensor:
+    """One pattern for everything the fused kernels hold a copy of, ``[n]`` int64; the backbone's embedding is not."""
+    leaves = [t for t in tree_leaves(packed._replace(backbone_embedding=None)) if isinstance(t, Tensor)]
+    return torch.cat([_fingerprint(leaf) for leaf in leaves])
 
 
 def _same(old: Tensor | None, new: Tensor) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
-from csm_kernels.depth.pack import PackedDepth, PackedStack, one, unpacked_o
+from csm_kernels.depth.pack import PackedDepth, PackedStack, act_dtype, one, unpacked_o
 
 
 def depth_logits(hidden: Tensor, codes: Tensor, packed: PackedDepth, codebooks: int | None = None) -> Tensor:
@@ -78,5 +78,5 @@ def _layer(x: Tensor, stack: PackedStack, l: int, dtype: torch.dtype) -> Tensor:
     merged = attended.transpose(1, 2).reshape(frames, positions, -1)
     x = x + product(merged, unpacked_o(stack, l), stack.o_bias)
     both = product(_norm(x, stack.post_norm[l], shape.eps), one(stack.gate_up, l), stack.gate_up_bias)
-    act = silu(both[..., 0::2]) * both[..., 1::2]
+    act = (silu(both[..., 0::2]) * both[..., 1::2]).to(act_dtype(stack))
     return x + product(act, one(stack.down, l), stack.down_bias)

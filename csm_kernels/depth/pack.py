@@ -14,7 +14,7 @@ int8 and fp8 keep one fp32 scale per row, int4 one bf16 scale (or step and offse
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -29,10 +29,10 @@ ZONES = ("attention", "mlp", "projection", "head")
 
 
 class Linear(Protocol):
-    """A matrix and its bias as a model holds them: ``weight`` ``[N, K]``, ``bias`` ``[N]`` or None."""
+    """A matrix and its bias as a model holds them: ``weight`` ``[N, K]``, quantised or not, ``bias`` ``[N]`` or None."""
 
     @property
-    def weight(self) -> Tensor: ...  # noqa: D102
+    def weight(self) -> Matrix: ...  # noqa: D102
 
     @property
     def bias(self) -> Tensor | None: ...  # noqa: D102
@@ -111,7 +111,10 @@ class PackedDepth(NamedTuple):
         return self.heads.data.shape[1]
 
 
-def _packed(stacked: Tensor, fmt: str, group: int) -> Matrix:
+def _packed(stacked: Matrix, fmt: str, group: int) -> Matrix:
+    """In the format wanted; what comes quantised stays as it is."""
+    if isinstance(stacked, QuantWeight):
+        return stacked
     if fmt == "keep":
         return stacked.contiguous()
     if fmt not in FORMATS:
@@ -135,27 +138,84 @@ def _segmented(matrix: Matrix, segments: int) -> Matrix:
     return QuantWeight(cut(matrix.data), cut(matrix.scale) if int4 else matrix.scale, matrix.padding)
 
 
-def _joined(parts: Sequence[Linear]) -> tuple[Tensor, Tensor | None]:
-    weight = torch.cat([part.weight.detach() for part in parts])
+def _each(parts: Sequence[Matrix], change: Callable[[list[Tensor]], Tensor]) -> Matrix:
+    """``change`` applied to matrices of one format, their codes and their scales alike.
+
+    Raises:
+        ValueError: some are quantised and others are not, or otherwise.
+    """
+    if len({format_of(part) for part in parts}) > 1:
+        raise ValueError(f"matrices of one kind must share a format, got {sorted({format_of(part) for part in parts})}")
+    first = parts[0]
+    if not isinstance(first, QuantWeight):
+        return change([part.detach() for part in parts if isinstance(part, Tensor)])
+    data = change([part.data for part in parts])
+    return QuantWeight(data, change([part.scale for part in parts if isinstance(part, QuantWeight)]), first.padding)
+
+
+def _joined(parts: Sequence[Linear]) -> tuple[Matrix, Tensor | None]:
+    """Matrices on top of one another, and their biases in fp32."""
+    matrix = _each([part.weight for part in parts], torch.cat)
     if all(part.bias is None for part in parts):
-        return weight, None
-    zeros = weight.new_zeros
-    return weight, torch.cat([zeros(len(p.weight)) if p.bias is None else p.bias.detach() for p in parts]).float()
+        return matrix, None
+    sizes = [(part.bias, len(part.weight.data)) for part in parts]
+    device = matrix.data.device
+    return matrix, torch.cat([
+        torch.zeros(size, device=device) if bias is None else bias.detach().float() for bias, size in sizes
+    ])  # fmt: skip
 
 
-def _in_turn(gate: Linear, up: Linear) -> tuple[Tensor, Tensor | None]:
-    weight, bias = _joined((gate, up))
-    order = torch.arange(len(weight), device=weight.device).view(2, -1).t().flatten()
-    return weight[order], None if bias is None else bias[order]
+def _in_turn(gate: Linear, up: Linear) -> tuple[Matrix, Tensor | None]:
+    """Rows of gate and of up in turn."""
+
+    def turns(parts: list[Tensor]) -> Tensor:
+        return torch.stack(parts, dim=1).flatten(0, 1)
+
+    (_, bias), matrix = _joined((gate, up)), _each([gate.weight, up.weight], turns)
+    return matrix, None if bias is None else turns(list(bias.chunk(2)))
 
 
-def _stacked(parts: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+def _stacked(parts: Sequence[tuple[Matrix, Tensor | None]]) -> tuple[Matrix, Tensor | None]:
+    """Layers behind one another."""
+    matrix = _each([matrix for matrix, _ in parts], torch.stack)
     biases = [bias for _, bias in parts]
-    weight = torch.stack([weight for weight, _ in parts])
     if all(bias is None for bias in biases):
-        return weight, None
-    rows = weight.new_zeros(weight.shape[1], dtype=torch.float32)
-    return weight, torch.stack([rows if bias is None else bias for bias in biases])
+        return matrix, None
+    rows = torch.zeros(matrix.data.shape[1], device=matrix.data.device)
+    return matrix, torch.stack([rows if bias is None else bias for bias in biases])
+
+
+def shape_of(matrix: Matrix) -> tuple[int, ...]:
+    """``[..., N, K]`` of a matrix, quantised or not."""
+    return (*matrix.data.shape[:-1], matrix.width) if isinstance(matrix, QuantWeight) else tuple(matrix.shape)
+
+
+def _check_stack(
+    layers: Sequence[LayerTensors], cos: Tensor, sin: Tensor, shape: StackShape, formats: Mapping[str, str]
+) -> None:
+    unknown = set(formats) - set(ZONES)
+    if unknown:
+        raise ValueError(f"formats must name zones of {ZONES}, got {sorted(unknown)}")
+    if len(layers) != shape.layers:
+        raise ValueError(f"layers must be {shape.layers} for this shape, got {len(layers)}")
+    wanted = {
+        "q": (shape.heads * shape.dim, shape.width),
+        "k": (shape.groups * shape.dim, shape.width),
+        "v": (shape.groups * shape.dim, shape.width),
+        "o": (shape.width, shape.heads * shape.dim),
+        "gate": (shape.ffn, shape.width),
+        "up": (shape.ffn, shape.width),
+        "down": (shape.width, shape.ffn),
+    }
+    for i, layer in enumerate(layers):
+        for name, size in wanted.items():
+            got = shape_of(getattr(layer, name).weight)
+            if got != size:
+                raise ValueError(f"layers[{i}].{name}.weight must be {size}, got {got}")
+    if shape.dim % 2 or shape.heads % shape.groups:
+        raise ValueError(f"shape must have an even head width and KV heads that divide the heads, got {shape}")
+    if cos.shape != sin.shape or cos.shape[1] != shape.dim:
+        raise ValueError(f"cos and sin must be [positions, {shape.dim}], got {tuple(cos.shape)} and {tuple(sin.shape)}")
 
 
 def pack_stack(
@@ -185,35 +245,15 @@ def pack_stack(
         ValueError: an unknown zone or format, a shape that does not fit, or values a format cannot hold.
     """
     formats = dict(formats or {})
-    unknown = set(formats) - set(ZONES)
-    if unknown:
-        raise ValueError(f"formats must name zones of {ZONES}, got {sorted(unknown)}")
-    if len(layers) != shape.layers:
-        raise ValueError(f"layers must be {shape.layers} for this shape, got {len(layers)}")
-    wanted = {
-        "q": (shape.heads * shape.dim, shape.width),
-        "k": (shape.groups * shape.dim, shape.width),
-        "v": (shape.groups * shape.dim, shape.width),
-        "o": (shape.width, shape.heads * shape.dim),
-        "gate": (shape.ffn, shape.width),
-        "up": (shape.ffn, shape.width),
-        "down": (shape.width, shape.ffn),
-    }
-    for i, layer in enumerate(layers):
-        for name, size in wanted.items():
-            got = tuple(getattr(layer, name).weight.shape)
-            if got != size:
-                raise ValueError(f"layers[{i}].{name}.weight must be {size}, got {got}")
-    if shape.dim % 2 or shape.heads % shape.groups:
-        raise ValueError(f"shape must have an even head width and KV heads that divide the heads, got {shape}")
-    if cos.shape != sin.shape or cos.shape[1] != shape.dim:
-        raise ValueError(f"cos and sin must be [positions, {shape.dim}], got {tuple(cos.shape)} and {tuple(sin.shape)}")
+    _check_stack(layers, cos, sin, shape, formats)
     attention, mlp = formats.get("attention", "keep"), formats.get("mlp", "keep")
     qkv, qkv_bias = _stacked([_joined((l.q, l.k, l.v)) for l in layers])
     o, o_bias = _stacked([_joined((l.o,)) for l in layers])
     gate_up, gate_up_bias = _stacked([_in_turn(l.gate, l.up) for l in layers])
     down, down_bias = _stacked([_joined((l.down,)) for l in layers])
     slice_width = shape.heads // shape.groups * shape.dim
+    if isinstance(o, QuantWeight):
+        attention, group = format_of(o), o.group
     segments = shape.groups if segmented and (attention != "int4" or slice_width % group == 0) else 1
     return PackedStack(
         shape,
@@ -228,7 +268,7 @@ def pack_stack(
         down_bias,
         torch.stack([l.input_norm.detach() for l in layers]).float(),
         torch.stack([l.post_norm.detach() for l in layers]).float(),
-        norm.detach().float(),
+        norm.detach().to(torch.float32, copy=True),
         cos.float().contiguous(),
         sin.float().contiguous(),
     )
@@ -241,7 +281,7 @@ def pack_depth(
     sin: Tensor,
     shape: StackShape,
     projection: Linear,
-    heads: Tensor,
+    heads: Matrix,
     embedding: Tensor,
     formats: Mapping[str, str] | None = None,
     *,
@@ -267,12 +307,12 @@ def pack_depth(
     Raises:
         ValueError: as there.
     """
-    codebooks, vocab = heads.shape[0] + 1, heads.shape[1]
-    width = projection.weight.shape[1]
-    if tuple(heads.shape[1:]) != (vocab, shape.width) or tuple(projection.weight.shape) != (shape.width, width):
+    codebooks, vocab = heads.data.shape[0] + 1, heads.data.shape[1]
+    width = shape_of(projection.weight)[1]
+    if shape_of(heads) != (codebooks - 1, vocab, shape.width) or shape_of(projection.weight) != (shape.width, width):
         raise ValueError(
             f"heads must be [codebooks - 1, V, {shape.width}] and projection [{shape.width}, backbone D], got "
-            f"{tuple(heads.shape)} and {tuple(projection.weight.shape)}"
+            f"{shape_of(heads)} and {shape_of(projection.weight)}"
         )
     if tuple(embedding.shape) != (codebooks * vocab, width) or not embedding.is_contiguous():
         raise ValueError(
@@ -283,13 +323,13 @@ def pack_depth(
         raise ValueError(f"cos and sin must have {codebooks} positions at least, got {cos.shape[0]}")
     chosen = dict(formats or {})
     stack = pack_stack(layers, norm, cos, sin, shape, chosen, segmented=True, group=group)
-    packed, bias = _joined((projection,))
-    matrix = _packed(packed[None], chosen.get("projection", "keep"), group)
+    single, bias = _joined((projection,))
+    matrix = _packed(_each([single], torch.stack), chosen.get("projection", "keep"), group)
     return PackedDepth(
         stack,
         matrix,
         bias,
-        _packed(heads.detach(), chosen.get("head", "keep"), group),
+        _packed(heads if isinstance(heads, QuantWeight) else heads.detach(), chosen.get("head", "keep"), group),
         embedding.detach(),
         projected_table(matrix, bias, embedding.detach(), codebooks, vocab) if table else None,
     )
@@ -394,6 +434,11 @@ class Workspace(NamedTuple):
     values: Tensor | None
 
 
+def act_dtype(stack: PackedStack) -> torch.dtype:
+    """What the SwiGLU's output is kept in: bf16, except between weights that hold more."""
+    return torch.float32 if format_of(stack.gate_up) in ("float32", "float16") else torch.bfloat16
+
+
 def make_workspace(
     stack: PackedStack,
     batch: int,
@@ -406,7 +451,7 @@ def make_workspace(
     """Allocate what one step needs, once. ``depth`` given: for a depth decoder, two positions in its first pass."""
     shape = stack.shape
     rows, vocab = batch * (1 if depth is None else 2), 1 if depth is None else depth.vocab
-    act = torch.float32 if format_of(stack.gate_up) in ("float32", "float16") else torch.bfloat16
+    act = act_dtype(stack)
     heads, f32, i32 = (rows, shape.heads, splits), torch.float32, torch.int32
     sizes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         "stream": ((rows, shape.width), f32),

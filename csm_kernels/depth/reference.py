@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
-from csm_kernels.depth.pack import PackedDepth, PackedStack, one, unpacked_o
+from csm_kernels.depth.pack import PackedDepth, PackedStack, act_dtype, one, unpacked_o
 from csm_kernels.sampling import NoiseKey, SamplingParams, gumbel_noise_ref, sample_ref
 
 
@@ -35,7 +35,7 @@ class StackReference:
         )
         self.values = torch.zeros_like(self.keys)
         self.allowed = torch.ones(batch, capacity, dtype=torch.bool, device=device)
-        self.act_dtype = torch.float32
+        self.act_dtype = act_dtype(stack)
         self.stream = self.qkv_out = self.attended = self.act = torch.zeros(batch, shape.width, device=device)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -1,0 +1,58 @@
+"""What a frame needs beside the two stacks: end of speech, and one position further; a program per row."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from csm_kernels._target import tl, triton
+
+
+@triton.jit
+def _finish_kernel(
+    codes_ptr, ended_ptr, end_code_ptr, judged_ptr, pad_code_ptr, pads_ptr, CODEBOOKS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Pads a row that had ended before, and marks one whose first ``judged`` codes all are the code of the end."""
+    row, k = tl.program_id(0), tl.arange(0, BLOCK)
+    inside = k < CODEBOOKS
+    codes = tl.load(codes_ptr + row * CODEBOOKS + k, mask=inside, other=0)
+    ended = tl.load(ended_ptr + row) != 0
+    if (tl.load(pads_ptr) != 0) & ended:
+        codes = tl.zeros_like(codes) + tl.load(pad_code_ptr)
+        tl.store(codes_ptr + row * CODEBOOKS + k, codes, mask=inside)
+    other = (codes != tl.load(end_code_ptr)) & (k < tl.load(judged_ptr))
+    tl.store(ended_ptr + row, ended | (tl.max(other.to(tl.int32), 0) == 0))
+
+
+@triton.jit
+def _advance_kernel(allowed_ptr, length_ptr, position_ptr, frame_ptr, capacity):
+    """The position just computed may be looked at; the next one comes behind it."""
+    row = tl.program_id(0)
+    length = tl.load(length_ptr + row)
+    tl.store(allowed_ptr + row.to(tl.int64) * capacity + length, True, mask=length < capacity)
+    for pointer in (length_ptr, position_ptr, frame_ptr):
+        tl.store(pointer + row, tl.load(pointer + row) + 1)
+
+
+def launch_finish(
+    codes: Tensor, ended: Tensor, end_code: Tensor, judged: Tensor, pad_code: Tensor, pads: Tensor
+) -> None:
+    """End-of-speech rule and padding of one frame, in place.
+
+    Args:
+        codes: ``[B, codebooks]`` int64, contiguous; a row that had ended is overwritten with ``pad_code`` where ``pads``.
+        ended: ``[B]`` bool; True from the frame on whose first ``judged`` codes all are ``end_code``.
+        end_code: ``[1]`` int64.
+        judged: ``[1]`` int64: all codebooks but the last for Hugging Face, all for Sesame.
+        pad_code: ``[1]`` int64.
+        pads: ``[1]`` bool.
+    """
+    batch, books = codes.shape
+    block = triton.next_power_of_2(books)
+    _finish_kernel[(batch,)](
+        codes, ended, end_code, judged, pad_code, pads, CODEBOOKS=books, BLOCK=block, num_warps=1
+    )
+
+
+def launch_advance(allowed: Tensor, length: Tensor, position: Tensor, frame: Tensor) -> None:
+    """Mark slot ``length`` in ``allowed`` ``[B, C]`` bool; add one to ``length``, ``position``, ``frame``, ``[B]`` int64."""
+    _advance_kernel[(len(length),)](allowed, length, position, frame, allowed.shape[1], num_warps=1)
