@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import threading
 from collections.abc import Callable
 
@@ -48,12 +47,11 @@ class FrameGraph:
         self._work, self._pool = work, pool
         self._graph: torch.cuda.CUDAGraph | None = None
         self.failure: str | None = None
-        handled = sys.exception()
         with _CAPTURING, torch.cuda.device(pool.device):
             try:
                 self._graph = self._captured()
             except Exception as error:  # whatever a capture may raise: the caller still gets frames
-                self.failure = _first_cause(error, handled)
+                self.failure = self.failure or f"{type(error).__name__}: {error}"
                 with contextlib.suppress(Exception):  # the next launch meets a device that is lost
                     torch.cuda.synchronize(pool.device)
 
@@ -74,15 +72,21 @@ class FrameGraph:
             with torch.cuda.stream(side):  # torch.cuda.graph leaves it current when the end of the capture fails
                 for _ in range(2):  # lazy initialisation of libraries must not happen under capture
                     _plainly(self._work)
-                with torch.cuda.graph(
-                    graph, pool=self._pool.handle, stream=side, capture_error_mode="thread_local"
-                ):  # other threads may allocate and wait as they like
-                    _plainly(self._work)
+                mode = "thread_local"  # other threads may allocate and wait as they like
+                with torch.cuda.graph(graph, pool=self._pool.handle, stream=side, capture_error_mode=mode):
+                    self._under_capture()
         except BaseException:
             self._abandon(graph)
             raise
         callers.wait_stream(side)
         return graph
+
+    def _under_capture(self) -> None:
+        try:
+            _plainly(self._work)
+        except Exception as error:  # the end of a capture that it broke raises an error that says nothing
+            self.failure = f"{type(error).__name__}: {error}"
+            raise
 
     def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
         """End a capture that failed, whatever state it is in; none of its steps may hide why it failed."""
@@ -103,15 +107,3 @@ def _plainly(work: Callable[[], None]) -> None:
     """Call it outside the caller's inference mode, whose tensors could not be written to outside of it again."""
     with torch.inference_mode(False), torch.no_grad():
         work()
-
-
-def _first_cause(error: BaseException, handled: BaseException | None) -> str:
-    """The error that began it: ending a capture that was broken raises one of its own, which says nothing.
-
-    Args:
-        error: what came out in the end.
-        handled: what the caller was handling before, if anything.
-    """
-    while error.__context__ not in (None, handled):
-        error = error.__context__
-    return f"{type(error).__name__}: {error}"
