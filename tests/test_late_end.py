@@ -275,13 +275,17 @@ def test_the_last_position_of_the_buffer(call: Calls, lag: int) -> None:
         call(model, THREE, lag, max_new_tokens=13)
 
 
-def test_only_graphs_run_ahead(ending: Callable[..., Any]) -> None:
-    engine = ending("rising").acceleration._engine
-    assert engine.lag == 0
-    other = object.__new__(Engine)
-    args = (engine.spec, (engine.rotary, engine.depth_rotary), engine.dtype, torch.device("meta"), 8, "eager")
-    other.__init__(*args, engine.metrics)  # type: ignore[misc]
-    assert other.lag == 0
+@pytest.mark.parametrize(
+    ("device", "mode", "lag"),
+    [("cpu", "auto", 0), ("cpu", "eager", 0), ("cuda", "eager", 0), ("cuda", "graph", 2), ("cuda", "auto", 2)],
+)
+def test_only_graphs_run_ahead(
+    ending: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, device: str, mode: str, lag: int
+) -> None:
+    made = ending("rising").acceleration._engine
+    monkeypatch.setattr(torch, "tensor", lambda values, device: values)  # no CUDA here
+    rotary = (made.rotary, made.depth_rotary)
+    assert Engine(made.spec, rotary, made.dtype, torch.device(device), 8, mode, made.metrics).lag == lag
 
 
 # ------------------------------------------------------------------------------------------------ streams
