@@ -17,8 +17,8 @@ from torch import Tensor
 from csm_runtime import compiling, hugepages
 from csm_runtime.adapters import hf, hf_call, hf_checks
 from csm_runtime.adapters.hf_passes import Passes
+from csm_runtime.decode_loop import DecodeLoop
 from csm_runtime.engine import BUCKETS, Engine, bucket_for
-from csm_runtime.kv import State
 from csm_runtime.metrics import Metrics
 from csm_runtime.precision import PrecisionPolicy, resolve_policy
 from csm_runtime.report import Report
@@ -320,74 +320,46 @@ class Acceleration:
     def _run(
         self, request: hf_call.Request, seeds: _Seeds, streamer: Any, rest: Callable[[Tensor, Tensor], Tensor]
     ) -> Tensor:
-        """The decode loop: ``[N, frames, codebooks]`` int64 on the model's device.
+        """Every frame of a call: ``[N, frames, codebooks]`` int64 on the model's device.
 
         A fault in the engine hands the frames made so far to ``rest``, which finishes on the stock path.
         """
-        spec, capacity = self._spec, self._engine.capacity
-        rows, tokens = request.input_ids.shape[:2]
+        rows = request.input_ids.shape[0]
+        self._check_room(request)
+        seeds.fit(rows, request.backbone.do_sample or request.depth.do_sample)
+        loop = DecodeLoop(request, lambda: self._begin(request, seeds), streamer, self.metrics)
+        try:
+            loop.run()
+            if not loop.complete:
+                self._went_stock("a fault of the fast path")
+                none = request.input_ids.new_zeros(rows, 0, self._spec.codebooks)
+                return rest(torch.stack(loop.frames, dim=1) if loop.frames else none, loop.ended)
+            if streamer is not None:
+                streamer.end()
+            self.metrics.count("generate.fast")
+            self.metrics.count("frames", len(loop.frames) * rows)
+            if request.return_dict:
+                loop.fill_cache()
+            return torch.stack(loop.frames, dim=1)
+        finally:
+            loop.release()
+
+    def _check_room(self, request: hf_call.Request) -> None:
+        """Whether rows and positions fit. Raises ValueError or :class:`~csm_runtime.adapters.hf_call.Unsupported`."""
+        (rows, tokens), frames, capacity = request.input_ids.shape[:2], request.max_frames, self._engine.capacity
+        needed = tokens + frames - 1
         if bucket_for(rows) is None:
             raise hf_call.Unsupported(f"a batch of {rows} rows, more than {BUCKETS[-1]}")
-        needed = tokens + request.max_frames - 1
         if needed > capacity:
             if self._wanted_positions is not None:
                 raise ValueError(
-                    f"max_positions={capacity} is too small for a prompt of {tokens} positions and "
-                    f"{request.max_frames} frames, which need {needed}; pass a larger max_positions to accelerate() or a "
-                    "smaller max_new_tokens"
+                    f"max_positions={capacity} is too small for a prompt of {tokens} positions and {frames} frames, which "
+                    f"need {needed}; pass a larger max_positions to accelerate() or a smaller max_new_tokens"
                 )
             raise hf_call.Unsupported(f"more than {capacity} positions of prompt and frames")
-        seeds.fit(rows, request.backbone.do_sample or request.depth.do_sample)
-        start = time.perf_counter()
-        frames: list[Tensor] = []
-        ended = torch.zeros(rows, dtype=torch.bool, device=request.input_ids.device)
-        runner = None
-        while len(frames) < request.max_frames and not bool(ended.all()):
-            try:
-                if runner is None:
-                    runner = self._begin(request, seeds)
-                    self.metrics.observe("prefill", time.perf_counter() - start)
-                codes = self._engine.next_frame(runner, first=not frames)[:rows].clone()
-                if request.pads_finished_rows and bool(ended.any()):
-                    codes = torch.where(ended[:, None], request.pad_token, codes)
-                    runner.state.codes[:rows].copy_(codes)
-            except Exception as error:  # whatever broke, the caller's audio goes on
-                what = f"{type(error).__name__}: {error}"
-                if self.metrics.fault(what):
-                    logger.warning(
-                        "the fast path failed at frame %d, the stock path goes on: %s", len(frames), what, exc_info=True
-                    )
-                self._went_stock("a fault of the fast path")
-                made = torch.stack(frames, dim=1) if frames else request.input_ids.new_zeros(rows, 0, spec.codebooks)
-                return rest(made, ended)
-            if not frames:
-                self.metrics.observe("first_frame", time.perf_counter() - start)
-            frames.append(codes)
-            ended = ended | hf_call.is_end(codes, request)
-            if streamer is not None:
-                streamer.put(codes.cpu())
-        if streamer is not None:
-            streamer.end()
-        self.metrics.count("generate.fast")
-        self.metrics.count("frames", len(frames) * rows)
-        if request.return_dict and runner is not None:
-            self._hand_over_cache(request, runner.state, rows, tokens + len(frames) - 1)
-        return torch.stack(frames, dim=1)
 
-    def _hand_over_cache(self, request: hf_call.Request, state: State, rows: int, held: int) -> None:
-        """Fill the caller's ``past_key_values``; what that breaks must not cost the utterance that is already there."""
-        pairs = zip(state.keys, state.values)
-        try:
-            hf_call.fill_cache(
-                request.output_cache, ((k[:rows, :, :held].clone(), v[:rows, :, :held].clone()) for k, v in pairs)
-            )
-        except Exception as error:
-            what = f"past_key_values could not be filled: {type(error).__name__}: {error}"
-            if self.metrics.fault(what):
-                logger.warning(what, exc_info=True)
-
-    def _begin(self, request: hf_call.Request, seeds: _Seeds) -> Any:
-        """Prefill, and everything the frames of this call read set to this call's values."""
+    def _begin(self, request: hf_call.Request, seeds: _Seeds) -> tuple[Engine, Any]:
+        """Prefill, and everything the frames of this call read set to this call's values: engine and runner."""
         rows = request.input_ids.shape[0]
         size = bucket_for(rows)
         assert size is not None
@@ -410,7 +382,7 @@ class Acceleration:
             assert values is not None, "fit() comes first"
             target.zero_()
             target[:rows].copy_(values)
-        return runner
+        return self._engine, runner
 
 
 class _Seeds:

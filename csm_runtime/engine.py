@@ -91,6 +91,7 @@ class _Runner:
         self.params, self.depth_params = params(), params()
         self.key = NoiseKey(state.seed, state.utterance, state.frame)
         self.graphs: tuple[graphs.FrameGraph, graphs.FrameGraph] | None = None
+        self.released: torch.cuda.Event | None = None
 
     def forget(self) -> None:
         """Let go of weights that compiled steps have seen."""
@@ -117,6 +118,10 @@ class Engine:
         mode: ``compile`` (torch.compile, the default on a CPU), ``graph`` (one CUDA graph per frame, the default on
             CUDA), ``eager``, or ``auto``.
         metrics: where timings go.
+
+    Attributes:
+        lag: frames that may be launched ahead of what the host has read. A graph's launch returns at once, so the device
+            would idle while the host looks at each frame; other modes are busy on the host anyway.
     """
 
     def __init__(
@@ -137,6 +142,7 @@ class Engine:
             raise ValueError(f"mode 'graph' needs a CUDA device, the model is on {device}; use 'compile' or 'eager'")
         self.spec, self.dtype, self.device, self.capacity = spec, dtype, device, capacity
         self.mode = mode
+        self.lag = 2 if mode == "graph" else 0
         self.metrics = metrics
         self.packed: Packed | None = None
         self.rotary, self.depth_rotary = rotary
@@ -276,6 +282,8 @@ class Engine:
     def prepare(self, rows: int) -> _Runner:
         """The runner of a batch, its CUDA graphs captured. Overwrites the runner's state: load the prompt afterwards."""
         runner = self.runner(rows)
+        if runner.released is not None:
+            torch.cuda.current_stream(self.device).wait_event(runner.released)
         if self.mode == "graph" and runner.graphs is None:
             runner.state.rewind()
 
@@ -283,14 +291,17 @@ class Engine:
                 self.advance(runner)
                 self.emit(runner)
 
-            runner.graphs = (
-                graphs.FrameGraph(lambda: self.emit(runner), self.device),
-                graphs.FrameGraph(later, self.device),
-            )
-            for graph in runner.graphs:
-                if graph.failure is not None and self.metrics.fault(f"CUDA graph capture failed: {graph.failure}"):
-                    logger.warning("CUDA graph capture failed, running the frame as launches: %s", graph.failure)
+            pool = graphs.Pool(self.device)
+            runner.graphs = (graphs.FrameGraph(lambda: self.emit(runner), pool), graphs.FrameGraph(later, pool))
+            for failure in dict.fromkeys(graph.failure for graph in runner.graphs if graph.failure is not None):
+                if self.metrics.fault(f"CUDA graph capture failed: {failure}"):
+                    logger.warning("CUDA graph capture failed, running the frame as launches: %s", failure)
         return runner
+
+    def release(self, runner: _Runner) -> None:
+        """Let the next :meth:`prepare` have the runner, on whatever stream: it waits there for what is still running."""
+        if self.device.type == "cuda":
+            runner.released = torch.cuda.current_stream(self.device).record_event(runner.released)
 
     def parts(self, rows: int) -> int:
         """How many parts :meth:`warm_up` reports for a batch of ``rows``."""

@@ -1,0 +1,191 @@
+"""The frames of one ``generate`` call: launched a little ahead of what the host has read, delivered in order."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from csm_runtime.adapters import hf_call
+from csm_runtime.engine import Engine
+from csm_runtime.metrics import Metrics
+
+logger = logging.getLogger("csm_runtime")
+
+
+class _Frame(NamedTuple):
+    """A frame that has been launched, on the model's device."""
+
+    codes: Tensor
+    """``[N, codebooks]`` int64."""
+    ended: Tensor
+    """``[N]`` bool: rows whose speech has ended in this frame or before it."""
+
+
+class _Mailbox:
+    """Host memory for what the host wants to know of frames in flight: one slot for each, used in turn.
+
+    Args:
+        slots: frames in flight at most.
+        rows: of the batch.
+        codebooks: of a frame; 0 where nobody wants its codes.
+        device: where the frames are made.
+    """
+
+    def __init__(self, slots: int, rows: int, codebooks: int, device: torch.device) -> None:
+        cuda = device.type == "cuda"
+        self._device = device
+        self._ended = torch.empty(slots, rows, dtype=torch.bool, pin_memory=cuda)
+        self._codes = torch.empty(slots, rows, codebooks, dtype=torch.int64, pin_memory=cuda)
+        self._arrivals = [torch.cuda.Event() for _ in range(slots)] if cuda else []
+
+    def post(self, index: int, frame: _Frame) -> None:
+        """Enqueue the copies of frame ``index``, without waiting for them."""
+        slot = index % len(self._ended)
+        self._ended[slot].copy_(frame.ended, non_blocking=True)
+        if self._codes.numel():
+            self._codes[slot].copy_(frame.codes, non_blocking=True)
+        if self._arrivals:
+            self._arrivals[slot].record(torch.cuda.current_stream(self._device))
+
+    def all_ended(self, index: int) -> bool:
+        """Wait for frame ``index``: whether every row's speech has ended by then. Raises what the device raises."""
+        slot = index % len(self._ended)
+        if self._arrivals:
+            self._arrivals[slot].synchronize()
+        return bool(self._ended[slot].all())
+
+    def codes(self, index: int) -> Tensor:
+        """``[N, codebooks]`` of a frame that has been waited for, the caller's own."""
+        return self._codes[index % len(self._ended)].clone()
+
+
+class DecodeLoop:
+    """Makes the frames of one call, up to the engine's lag ahead of what the host has read of them.
+
+    Frames that were launched before the host had read that all speech had ended are dropped: nobody sees them.
+
+    Args:
+        request: the call.
+        begin: prefill; gives the engine and the runner that make this call's frames. Its faults are the loop's.
+        streamer: gets the codes of every frame, or None.
+        metrics: where timings go.
+
+    Attributes:
+        frames: ``[N, codebooks]`` each, the frames that the host has read and the streamer has got.
+        ended: ``[N]`` bool on the device, rows whose speech has ended in ``frames``.
+        runner: what ``begin`` gave.
+    """
+
+    def __init__(
+        self, request: hf_call.Request, begin: Callable[[], tuple[Engine, Any]], streamer: Any, metrics: Metrics
+    ) -> None:
+        self.frames: list[Tensor] = []
+        self.ended = torch.zeros(request.input_ids.shape[0], dtype=torch.bool, device=request.input_ids.device)
+        self.runner: Any = None
+        self._request, self._begin, self._streamer, self._metrics = request, begin, streamer, metrics
+        self._speech_ended = False
+        self._fault: Exception | None = None
+        self._in_flight: deque[_Frame] = deque()
+        self._lag = 0
+        self._start = time.perf_counter()
+
+    @property
+    def complete(self) -> bool:
+        """Whether ``frames`` is all that was asked for."""
+        return self._speech_ended or len(self.frames) == self._request.max_frames
+
+    def run(self) -> None:
+        """Make frames until there are enough, every row's speech has ended or something breaks.
+
+        Raises:
+            Exception: the streamer's own errors. Those of the engine leave the call incomplete, and are counted and logged.
+        """
+        try:
+            while self._fault is None and not self._speech_ended and self._launched < self._request.max_frames:
+                self._launch()
+                self._read(leave=self._lag)
+            self._read(leave=0)
+        finally:
+            if self._fault is not None:
+                self._say(self._fault)
+                self._fault = None  # its traceback holds this loop
+
+    def fill_cache(self) -> None:
+        """Fill the caller's ``past_key_values`` up to the last frame but one, as the stock loop leaves them."""
+        request, state, rows = self._request, self.runner.state, len(self.ended)
+        held = request.input_ids.shape[1] + len(self.frames) - 1
+        pairs = ((k[:rows, :, :held].clone(), v[:rows, :, :held].clone()) for k, v in zip(state.keys, state.values))
+        try:
+            hf_call.fill_cache(request.output_cache, pairs)
+        except Exception as error:  # it must not cost the utterance that is already there
+            what = f"past_key_values could not be filled: {type(error).__name__}: {error}"
+            if self._metrics.fault(what):
+                logger.warning(what, exc_info=True)
+
+    def release(self) -> None:
+        """Give the runner back, once nothing reads its state any more; dropped frames may still be running."""
+        if self.runner is not None:
+            self._engine.release(self.runner)
+
+    @property
+    def _launched(self) -> int:
+        return len(self.frames) + len(self._in_flight)
+
+    def _set_up(self) -> None:
+        """Prefill, and what depends on the engine, which prefill may have replaced."""
+        self._engine, self.runner = engine, _ = self._begin()
+        self._metrics.observe("prefill", time.perf_counter() - self._start)
+        # One launch ahead keeps the device busy while a streamer works; a second would only make every frame late. The
+        # first frame waits for a launch as well: the device needs far longer for the frame than the host for that.
+        self._lag = engine.lag if self._streamer is None else min(engine.lag, 1)
+        rows, codebooks = len(self.ended), 0 if self._streamer is None else engine.spec.codebooks
+        self._mailbox = _Mailbox(self._lag + 1, rows, codebooks, engine.device)
+
+    def _say(self, fault: Exception) -> None:
+        """Count a fault and, the first time, log it."""
+        what = f"{type(fault).__name__}: {fault}"
+        if self._metrics.fault(what):
+            after = "after the end of speech" if self.complete else "the stock path goes on"
+            logger.warning("the fast path failed at frame %d, %s: %s", len(self.frames), after, what, exc_info=fault)
+
+    def _launch(self) -> None:
+        """Enqueue one frame and the copies of what the host wants of it; nothing here waits for the device."""
+        request, rows, index = self._request, len(self.ended), self._launched
+        try:
+            if self.runner is None:
+                self._set_up()
+            ended = self._in_flight[-1].ended if self._in_flight else self.ended
+            codes = self._engine.next_frame(self.runner, first=index == 0)[:rows]
+            if request.pads_finished_rows:
+                codes = torch.where(ended[:, None], request.pad_token, codes)
+                self.runner.state.codes[:rows].copy_(codes)
+            else:
+                codes = codes.clone()
+            frame = _Frame(codes, ended | hf_call.is_end(codes, request))
+            self._mailbox.post(index, frame)
+            self._in_flight.append(frame)
+        except Exception as error:  # whatever broke, the caller's audio goes on
+            self._fault = error
+
+    def _read(self, leave: int) -> None:
+        """Read and deliver the oldest frames until ``leave`` are in flight or speech has ended."""
+        while len(self._in_flight) > leave and not self._speech_ended:
+            index, frame = len(self.frames), self._in_flight.popleft()
+            try:
+                self._speech_ended = self._mailbox.all_ended(index)
+            except Exception as error:
+                self._fault = self._fault or error
+                self._in_flight.clear()  # without this frame, those after it are no use
+                return
+            if index == 0:
+                self._metrics.observe("first_frame", time.perf_counter() - self._start)
+            self.frames.append(frame.codes)
+            self.ended = frame.ended
+            if self._streamer is not None:
+                self._streamer.put(self._mailbox.codes(index))
