@@ -26,6 +26,9 @@ from csm_runtime.weights import PackedWeights, matrices, zone_table
 
 logger = logging.getLogger("csm_runtime")
 
+_SAFER = {"graph": "library"}
+"""Where to go from a mode that fails; from all others frames run eagerly."""
+
 DEFAULT_POSITIONS = 4096
 """Upper bound of the default KV capacity: a config may claim 131072 positions, which is 4 GB of cache per row."""
 
@@ -52,7 +55,9 @@ def accelerate(
             default goes to the stock path.
         batch_sizes: batch sizes to compile for now; others are compiled when first used. Sizes round up to
             1, 2, 4, 8 and 16; larger batches take the stock path.
-        mode: ``"auto"`` (``"compile"`` on a CPU, ``"graph"`` on CUDA), ``"compile"``, ``"graph"`` or ``"eager"``.
+        mode: ``"auto"`` (``"compile"`` on a CPU, ``"graph"`` on CUDA), ``"compile"``, ``"graph"`` (the fused kernels, a
+            CUDA graph per frame), ``"kernels"`` (the fused kernels, launched one by one), ``"library"`` (a CUDA graph of
+            PyTorch's own ops) or ``"eager"``.
         drop_originals: free the stock copies of matrices that are stored in int8. The stock modules then compute from
             the int8 copies; ``restore()`` and saving the model are no longer possible.
         progress: show progress bars on stderr.
@@ -176,7 +181,7 @@ class Acceleration:
             mode=engine.mode,
             policy=self.policy.name,
             zones=zone_table(packed, self.policy, self._spec.codebooks - 1),
-            copied_bytes=self._weights.copied_bytes(),
+            copied_bytes=self._weights.copied_bytes() + engine.fused_bytes(),
             kv_bytes=engine.kv_bytes(),
             capacity=engine.capacity,
             batch_sizes=sorted(self._warm),
@@ -230,7 +235,13 @@ class Acceleration:
             rotary = hf.rotary_tables(self._model, capacity)
             engine = Engine(self._spec, rotary, dtype, device, capacity, self._wanted_mode, self.metrics)
         # A stock layer whose weights were dropped computes from int8 in a way that is not worth compiling.
-        self._passes = Passes(self._model, engine.mode != "eager" and not self._dropped, self.metrics)
+        compiled = engine.mode not in ("eager", "kernels") and not self._dropped
+        self._passes = Passes(self._model, compiled, self.metrics)
+        if engine.unfused is not None:
+            note = f"frames run on PyTorch's own ops: the fused kernels cannot run {engine.unfused}"
+            if note not in self.notes:
+                self.notes.append(note)
+                logger.warning(note)
         return engine
 
     def _matrix_count(self) -> int:
@@ -259,7 +270,7 @@ class Acceleration:
             self._warm.clear()
 
     def _warm_up(self, size: int) -> None:
-        """Compile for one bucket; where that fails, or fails its self-test, run eagerly and say so."""
+        """Compile for one bucket; where that fails, or fails its self-test, run in a safer mode and say so."""
         start = time.perf_counter()
         verb = "compiling" if self._engine.mode == "compile" else "preparing"
         with _plain_mode():
@@ -277,16 +288,20 @@ class Acceleration:
         finally:
             bar.close()
         if fault is not None and self._engine.mode != "eager":
-            note = f"mode {self._engine.mode!r} does not work here ({fault}); frames run eagerly"
+            safer = _SAFER.get(self._engine.mode, "eager")
+            note = f"mode {self._engine.mode!r} does not work here ({fault}); frames run in mode {safer!r}"
             self.notes.append(note)
             logger.warning(note)
             self.metrics.fault(note)
-            self._wanted_mode = "eager"
+            self._wanted_mode = safer
             packed = self._engine.packed
             self._engine = self._build_engine()
             if packed is not None:
                 self._engine.bind(packed)
             self._warm.clear()
+            if safer != "eager":
+                self._warm_up(size)
+                return
         elif fault is not None:
             raise RuntimeError(f"the eager decode step fails its self-test: {fault}")
         self._warm.add(size)
@@ -370,6 +385,8 @@ class Acceleration:
         state = runner.state
         positions = request.positions[:, -1].expand(rows)
         state.load_prompt(prompt.layers, prompt.hidden, request.mask, positions)
+        pad = request.pad_token if request.pads_finished_rows else None
+        state.set_end(request.eos_token, self._spec.codebooks - 1, pad)
         for params, wanted, vocab in (
             (runner.params, request.backbone, self._spec.vocab),
             (runner.depth_params, request.depth, self._spec.depth_vocab),

@@ -25,6 +25,8 @@ class _Frame(NamedTuple):
     """``[N, codebooks]`` int64."""
     ended: Tensor
     """``[N]`` bool: rows whose speech has ended in this frame or before it."""
+    timed_out: Tensor
+    """``[1]`` bool: a grid barrier gave up, the codes mean nothing."""
 
 
 class _Mailbox:
@@ -41,6 +43,7 @@ class _Mailbox:
         cuda = device.type == "cuda"
         self._device = device
         self._ended = torch.empty(slots, rows, dtype=torch.bool, pin_memory=cuda)
+        self._timed_out = torch.empty(slots, 1, dtype=torch.bool, pin_memory=cuda)
         self._codes = torch.empty(slots, rows, codebooks, dtype=torch.int64, pin_memory=cuda)
         self._arrivals = [torch.cuda.Event() for _ in range(slots)] if cuda else []
 
@@ -48,16 +51,23 @@ class _Mailbox:
         """Enqueue the copies of frame ``index``, without waiting for them."""
         slot = index % len(self._ended)
         self._ended[slot].copy_(frame.ended, non_blocking=True)
+        self._timed_out[slot].copy_(frame.timed_out, non_blocking=True)
         if self._codes.numel():
             self._codes[slot].copy_(frame.codes, non_blocking=True)
         if self._arrivals:
             self._arrivals[slot].record(torch.cuda.current_stream(self._device))
 
     def all_ended(self, index: int) -> bool:
-        """Wait for frame ``index``: whether every row's speech has ended by then. Raises what the device raises."""
+        """Wait for frame ``index``: whether every row's speech has ended by then.
+
+        Raises:
+            RuntimeError: what the device raises, or a grid barrier of that frame timed out.
+        """
         slot = index % len(self._ended)
         if self._arrivals:
             self._arrivals[slot].synchronize()
+        if self._timed_out[slot].item():
+            raise RuntimeError("a grid barrier of the fused decode kernel timed out")
         return bool(self._ended[slot].all())
 
     def codes(self, index: int) -> Tensor:
@@ -156,18 +166,13 @@ class DecodeLoop:
 
     def _launch(self) -> None:
         """Enqueue one frame and the copies of what the host wants of it; nothing here waits for the device."""
-        request, rows, index = self._request, len(self.ended), self._launched
+        rows, index = len(self.ended), self._launched
         try:
             if self.runner is None:
                 self._set_up()
-            ended = self._in_flight[-1].ended if self._in_flight else self.ended
-            codes = self._engine.next_frame(self.runner, first=index == 0)[:rows]
-            if request.pads_finished_rows:
-                codes = torch.where(ended[:, None], request.pad_token, codes)
-                self.runner.state.codes[:rows].copy_(codes)
-            else:
-                codes = codes.clone()
-            frame = _Frame(codes, ended | hf_call.is_end(codes, request))
+            codes = self._engine.next_frame(self.runner, first=index == 0)[:rows].clone()
+            state = self.runner.state
+            frame = _Frame(codes, state.ended[:rows].clone(), state.timed_out.clone())
             self._mailbox.post(index, frame)
             self._in_flight.append(frame)
         except Exception as error:  # whatever broke, the caller's audio goes on

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from csm_kernels.norm import rms_norm_ref
 from csm_kernels.sampling import NoiseKey, SamplingParams
-from csm_runtime import compiling, graphs
+from csm_runtime import compiling, fused, graphs
 from csm_runtime.adapters.spec import ModelSpec, RotaryTables, StackSpec
 from csm_runtime.kv import State
 from csm_runtime.metrics import Metrics
@@ -47,7 +47,9 @@ _FORCED_CODEBOOKS = 3
 _LEAST_SQNR = 10.0
 """In dB. On random weights bf16 has 36, int8 29; a codebook taken for another has 0 or less."""
 
-MODES = ("auto", "compile", "graph", "eager")
+MODES = ("auto", "compile", "graph", "kernels", "library", "eager")
+_FUSED, _CAPTURED = ("graph", "kernels"), ("graph", "library")
+"""Modes that run the fused kernels, and modes that replay a CUDA graph."""
 
 
 def bucket_for(rows: int) -> int | None:
@@ -90,6 +92,7 @@ class _Runner:
 
         self.params, self.depth_params = params(), params()
         self.key = NoiseKey(state.seed, state.utterance, state.frame)
+        self.frame: fused.FusedFrame | None = None
         self.graphs: tuple[graphs.FrameGraph, graphs.FrameGraph] | None = None
         self.released: torch.cuda.Event | None = None
 
@@ -115,13 +118,15 @@ class Engine:
         dtype: dtype of the KV buffers, the model's own.
         device: where the weights are.
         capacity: positions the backbone's KV buffer holds per row.
-        mode: ``compile`` (torch.compile, the default on a CPU), ``graph`` (one CUDA graph per frame, the default on
-            CUDA), ``eager``, or ``auto``.
+        mode: ``compile`` (torch.compile, the default on a CPU), ``graph`` (the fused kernels in one CUDA graph per frame,
+            the default on CUDA), ``kernels`` (the same, launched one by one), ``library`` (a CUDA graph of PyTorch's own
+            ops), ``eager``, or ``auto``.
         metrics: where timings go.
 
     Attributes:
         lag: frames that may be launched ahead of what the host has read. A graph's launch returns at once, so the device
             would idle while the host looks at each frame; other modes are busy on the host anyway.
+        unfused: why the fused kernels do not run although the mode asks for them, or None.
     """
 
     def __init__(
@@ -138,17 +143,22 @@ class Engine:
             raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
         if mode == "auto":
             mode = {"cpu": "compile", "cuda": "graph"}.get(device.type, "eager")
-        if mode == "graph" and device.type != "cuda":
-            raise ValueError(f"mode 'graph' needs a CUDA device, the model is on {device}; use 'compile' or 'eager'")
+        if mode in _CAPTURED and device.type != "cuda":
+            raise ValueError(f"mode {mode!r} needs a CUDA device, the model is on {device}; use 'compile' or 'eager'")
+        self.unfused = fused.why_not(spec, device) if mode in _FUSED else None
+        if mode == "kernels" and self.unfused is not None:
+            raise ValueError(f"mode 'kernels' cannot run {self.unfused}; use 'auto'")
         self.spec, self.dtype, self.device, self.capacity = spec, dtype, device, capacity
         self.mode = mode
-        self.lag = 2 if mode == "graph" else 0
+        self.lag = 2 if mode in _CAPTURED else 0
         self.metrics = metrics
         self.packed: Packed | None = None
         self.rotary, self.depth_rotary = rotary
+        self._fused = fused.FusedModel(spec, rotary) if mode in _FUSED and self.unfused is None else None
         self._runners: dict[int, _Runner] = {}
         self._shape = _heads(spec.backbone)
         self._depth_shape = _heads(spec.depth)
+        self._books = torch.arange(spec.codebooks, device=device)
         self._positions = [torch.tensor([p], device=device) for p in range(spec.codebooks)]
 
     def bind(self, packed: Packed) -> bool:
@@ -165,10 +175,17 @@ class Engine:
                 dropped = True
             elif [t.data_ptr() for t in old] != [t.data_ptr() for t in new]:
                 for runner in self._runners.values():
-                    runner.graphs = None
+                    runner.graphs = runner.frame = None
                     runner.forget()
         self.packed = packed
+        if self._fused is not None and self._fused.refresh(packed):
+            for runner in self._runners.values():
+                runner.graphs = runner.frame = None
         return dropped
+
+    def fused_bytes(self) -> int:
+        """Bytes of the copies that the fused kernels read."""
+        return 0 if self._fused is None else self._fused.bytes()
 
     def runner(self, rows: int) -> _Runner:
         """Steps and buffers for a batch of ``rows``, made at the first use of its bucket."""
@@ -198,7 +215,10 @@ class Engine:
         return sum(runner.state.bytes() for runner in self._runners.values())
 
     def emit(self, runner: _Runner) -> None:
-        """All codebooks of one frame, from ``state.hidden`` into ``state.codes``."""
+        """All codebooks of one frame, from ``state.hidden`` into ``state.codes``, and whether speech has ended."""
+        if runner.frame is not None:
+            runner.frame.emit()
+            return
         packed, state = self._bound(), runner.state
         token = runner.codebook0(state.hidden, packed.backbone_head, runner.params, runner.key, runner.ops)
         tokens, rest = [], self._positions
@@ -209,7 +229,9 @@ class Engine:
         for position in rest:
             token, _ = self.depth_position(runner, position, token)
             tokens.append(token)
-        state.codes.copy_(torch.stack(tokens, dim=1))
+        state.codes.copy_(torch.where((state.pads & state.ended)[:, None], state.pad_code, torch.stack(tokens, dim=1)))
+        other = (state.codes != state.end_code) & (self._books < state.judged)
+        state.ended.logical_or_(~other.any(dim=1))
 
     def depth_position(self, runner: _Runner, position: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
         """One position of the depth decoder: token in, next token and its logits out."""
@@ -242,6 +264,10 @@ class Engine:
     def advance(self, runner: _Runner) -> None:
         """Feed ``state.codes`` to the backbone: the next ``state.hidden``, one position further."""
         packed, state = self._bound(), runner.state
+        if runner.frame is not None:
+            runner.frame.advance()
+            state.filled += 1
+            return
         x, cos, sin, bias = runner.embed(
             state.codes,
             packed.backbone_embedding,
@@ -284,7 +310,12 @@ class Engine:
         runner = self.runner(rows)
         if runner.released is not None:
             torch.cuda.current_stream(self.device).wait_event(runner.released)
-        if self.mode == "graph" and runner.graphs is None:
+        if self._fused is not None and runner.frame is None:
+            params = (runner.params, runner.depth_params)
+            runner.frame = fused.FusedFrame(
+                self.spec, self._fused.weights, self._bound(), runner.state, params, runner.key
+            )
+        if self.mode in _CAPTURED and runner.graphs is None:
             runner.state.rewind()
 
             def later() -> None:
@@ -305,7 +336,7 @@ class Engine:
 
     def parts(self, rows: int) -> int:
         """How many parts :meth:`warm_up` reports for a batch of ``rows``."""
-        if self.mode == "graph":
+        if self.mode in _CAPTURED or self._fused is not None:
             return 1
         runner = self.runner(rows)
         return 2 + len(runner.windows) + (runner.depth_pair is not None)
@@ -319,10 +350,14 @@ class Engine:
         """
         done = advance or (lambda _: None)
         runner = self.prepare(rows)
-        if runner.graphs is not None:
-            done("frame graph")
-            return
         state = runner.state
+        if runner.graphs is None and runner.frame is not None:
+            state.rewind()
+            self.advance(runner)
+            self.emit(runner)
+        if runner.graphs is not None or runner.frame is not None:
+            done("frame")
+            return
         runner.codebook0(state.hidden, self._bound().backbone_head, runner.params, runner.key, runner.ops)
         done("codebook 0")
         self.depth_position(runner, self._positions[0], torch.zeros_like(state.seed))
@@ -350,6 +385,8 @@ class Engine:
             What is wrong, or None.
         """
         packed, runner = self._bound(), self.runner(rows)
+        if runner.frame is not None:
+            return self._test_fused(runner, stock_logits)
         state, generator = runner.state, torch.Generator().manual_seed(0)
         state.hidden.copy_(torch.randn(state.hidden.shape, generator=generator, dtype=torch.float32))
         token = torch.zeros_like(state.seed)
@@ -388,6 +425,33 @@ class Engine:
                 return f"{name} differs from its reference by {error:.1e} of its largest value"
         return self._against_stock(runner, stock_logits)
 
+    def _test_fused(self, runner: _Runner, stock_logits: Callable[[Tensor, Tensor], Tensor]) -> str | None:
+        """A frame of the fused kernels: depth logits against the stock model's, the backbone against library ops."""
+        state, frame, generator = runner.state, runner.frame, torch.Generator().manual_seed(0)
+        assert frame is not None
+        state.hidden.copy_(torch.randn(state.hidden.shape, generator=generator, dtype=torch.float32).to(self.dtype))
+        hidden = state.hidden.clone()
+        for params in (runner.params, runner.depth_params):
+            params.do_sample.fill_(False)
+        frame.emit()
+        frame.depth.buffers.token.copy_(state.codes[:, 0])
+        codes, made = state.codes.clone(), frame.traced()[:_FORCED_CODEBOOKS]
+        if state.timed_out.item():
+            return "a grid barrier timed out"
+        wanted = stock_logits(hidden, codes[:, : len(made)])
+        fault = _too_far("depth logits", made.transpose(0, 1), wanted)
+        results = []
+        for other in (frame, None):
+            state.rewind()
+            state.allowed.zero_()
+            state.codes.copy_(codes)
+            runner.frame = other
+            self.advance(runner)
+            results.append(state.hidden.clone())
+        runner.frame = frame
+        state.rewind()
+        return fault or _too_far("the backbone's hidden state", *results)
+
     def _against_stock(self, runner: _Runner, stock_logits: Callable[[Tensor, Tensor], Tensor]) -> str | None:
         state, positions = runner.state, self._positions[: 1 + _FORCED_CODEBOOKS]
         state.hidden.copy_(state.hidden.to(self.dtype))  # as the stock depth decoder takes it
@@ -396,14 +460,18 @@ class Engine:
         tokens = codes.to(self.device).unbind()  # contiguous, as compiled steps take it for granted
         made = [self.depth_position(runner, *step)[1] for step in zip(positions, (tokens[0], *tokens))]
         ours, theirs = torch.stack(made[1:], dim=1), stock_logits(state.hidden, torch.stack(tokens, dim=1))
-        noise, signal = (float(t.double().square().sum()) for t in (ours - theirs, theirs))
-        if not noise * 10 ** (_LEAST_SQNR / 10) <= signal:
-            return f"depth logits differ from the stock model's: signal {signal:.1e}, error {noise:.1e}"
-        return None
+        return _too_far("depth logits", ours, theirs)
 
     def _bound(self) -> Packed:
         assert self.packed is not None, "bind() comes before decoding"
         return self.packed
+
+
+def _too_far(what: str, ours: Tensor, theirs: Tensor) -> str | None:
+    noise, signal = (float(t.double().square().sum()) for t in (ours - theirs, theirs))
+    if not noise * 10 ** (_LEAST_SQNR / 10) <= signal:
+        return f"{what} differ from the stock model's: signal {signal:.1e}, error {noise:.1e}"
+    return None
 
 
 def _heads(stack: StackSpec) -> Heads:

@@ -7,20 +7,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from csm_kernels._target import device_facts
+from csm_kernels._target import device_facts, has_triton, interpreting
 from csm_kernels.depth import (
     PackedDepth,
     PackedStack,
     Plan,
     StackShape,
-    Workspace,
     depth_logits,
     make_workspace,
     pack_depth,
     pack_stack,
     plan,
 )
-from csm_kernels.depth.frame import launch_advance
+from csm_kernels.depth.frame import launch_advance, launch_finish
 from csm_kernels.depth.kernel import depth_pointers, launch_depth, launch_stack, stack_pointers
 from csm_kernels.depth.pack import evictions, packed_bytes, tensors
 from csm_kernels.embed import launch_embed
@@ -43,8 +42,12 @@ class FusedWeights(NamedTuple):
     depth: PackedDepth
 
 
-def why_not(spec: ModelSpec) -> str | None:
+def why_not(spec: ModelSpec, device: torch.device) -> str | None:
     """What keeps a model from the fused kernels, or None."""
+    if not has_triton():
+        return "kernels without Triton"
+    if device.type != "cuda" and not interpreting():
+        return f"kernels on {device}: they need CUDA"
     if spec.codebooks < 2:
         return "a model without a depth decoder"
     for name, stack in (("backbone", spec.backbone), ("depth decoder", spec.depth)):
@@ -80,6 +83,10 @@ class FusedModel:
         """What the kernels read; :meth:`refresh` comes first."""
         assert self._weights is not None, "refresh() comes first"
         return self._weights
+
+    def forced_logits(self, hidden: Tensor, codes: Tensor) -> Tensor:
+        """Teacher-forced logits ``[N, n, V]`` of codebooks 1 to n from ``[N, D]`` and codes ``[N, n]``."""
+        return depth_logits(hidden, codes, self.weights.depth, codes.shape[1] + 1)
 
     def bytes(self) -> int:
         """Bytes of the packed copies."""
@@ -181,6 +188,25 @@ class FusedFrame:
         )
         launch_sample(self._logits, self._params[0], self._key, self._codebook, buffers.token, buffers.flags)
         launch_depth(self.depth_plan, self._depth_args, self._state.rows)
+        state = self._state
+        syncs = (self._backbone.buffers.sync, buffers.sync)
+        launch_finish(
+            state.codes,
+            state.ended,
+            state.end_code,
+            state.judged,
+            state.pad_code,
+            state.pads,
+            syncs,
+            state.timed_out,
+        )
+
+    def traced(self) -> Tensor:
+        """The depth decode alone, from ``state.hidden`` and codebook 0 as it was drawn: logits ``[codebooks - 1, B, V]``."""
+        rows, spec = self._state.rows, self._spec
+        logits = torch.zeros(spec.codebooks - 1, rows, spec.depth_vocab, dtype=torch.float32, device=self._logits.device)
+        launch_depth(self.depth_plan, self._depth_args._replace(logits=logits), rows, rows * spec.depth_vocab)
+        return logits
 
     def advance(self) -> None:
         """Feed ``state.codes`` to the backbone: the next ``state.hidden``, one position further."""
@@ -190,17 +216,9 @@ class FusedFrame:
         launch_forward(stream, None, packed.backbone.norm, self._spec.backbone.eps, state.hidden, None, self._rstd)
         launch_advance(state.allowed, state.length, state.position, state.frame)
 
-    def forced_logits(self, hidden: Tensor, codes: Tensor) -> Tensor:
-        """Teacher-forced logits ``[N, n, V]`` of codebooks 1 to n from ``[N, D]`` and codes ``[N, n]``."""
-        return depth_logits(hidden, codes, self._weights.depth, codes.shape[1] + 1)
-
     def workspace_bytes(self) -> int:
         """Bytes of this bucket's buffers."""
         return self._backbone.whole.nbytes + self.depth.whole.nbytes + self._logits.nbytes
-
-    def workspaces(self) -> tuple[Workspace, Workspace]:
-        """Backbone's and depth decoder's; word 1 of their ``sync`` buffers says that a barrier timed out."""
-        return self._backbone, self.depth
 
 
 def _splits(device: torch.device, rows: int, stack: StackSpec, capacity: int) -> int:

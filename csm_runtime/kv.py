@@ -18,6 +18,9 @@ class State:
     ``length`` under left padding; ``filled`` the next free slot as the host knows it; ``allowed`` ``[B, C]`` which
     slots a row may look at; ``frame`` ``[B]`` frames made. ``all_keys`` and ``all_values`` ``[L, B, KV, C, D]`` are the
     backbone's caches, ``keys`` and ``values`` their layers.
+
+    End of speech: ``ended`` ``[B]`` from the frame on whose first ``judged`` codes all are ``end_code``, ``[1]`` each; the
+    frames after it are ``pad_code`` where ``pads``. ``timed_out`` ``[1]``: a grid barrier of the latest frame did.
     """
 
     def __init__(self, spec: ModelSpec, rows: int, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -42,6 +45,10 @@ class State:
         self.length, self.position, self.frame = ints(rows), ints(rows), ints(rows)
         self.seed, self.utterance = ints(rows), ints(rows)
         self.allowed = torch.zeros(rows, capacity, dtype=torch.bool, device=device)
+        self.ended = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.end_code, self.judged, self.pad_code = ints(1), ints(1), ints(1)
+        self.pads = torch.zeros(1, dtype=torch.bool, device=device)
+        self.timed_out = torch.zeros(1, dtype=torch.bool, device=device)
 
     def bytes(self) -> int:
         """Bytes held by the KV buffers."""
@@ -53,6 +60,13 @@ class State:
         self.filled = filled
         self.length.fill_(filled)
         self.position.fill_(filled)
+
+    def set_end(self, end_code: int, judged: int, pad_code: int | None) -> None:
+        """The end-of-speech rule of a call; ``pad_code`` None where rows that have ended go on as they like."""
+        self.end_code.fill_(end_code)
+        self.judged.fill_(judged)
+        self.pads.fill_(pad_code is not None)
+        self.pad_code.fill_(pad_code or 0)
 
     def load_prompt(
         self, layers: list[tuple[Tensor, Tensor]], hidden: Tensor, mask: Tensor | None, positions: Tensor
@@ -77,5 +91,6 @@ class State:
         self.length.fill_(tokens)
         self.position.copy_(positions[rows] + 1)
         self.frame.zero_()
+        self.ended.zero_()
         self.allowed.zero_()
         self.allowed[:, :tokens] = True if mask is None else mask[rows].bool()

@@ -9,7 +9,17 @@ from csm_kernels._target import tl, triton
 
 @triton.jit
 def _finish_kernel(
-    codes_ptr, ended_ptr, end_code_ptr, judged_ptr, pad_code_ptr, pads_ptr, CODEBOOKS: tl.constexpr, BLOCK: tl.constexpr
+    codes_ptr,
+    ended_ptr,
+    end_code_ptr,
+    judged_ptr,
+    pad_code_ptr,
+    pads_ptr,
+    sync_ptr,
+    other_sync_ptr,
+    timed_out_ptr,
+    CODEBOOKS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Pads a row that had ended before, and marks one whose first ``judged`` codes all are the code of the end."""
     row, k = tl.program_id(0), tl.arange(0, BLOCK)
@@ -21,6 +31,7 @@ def _finish_kernel(
         tl.store(codes_ptr + row * CODEBOOKS + k, codes, mask=inside)
     other = (codes != tl.load(end_code_ptr)) & (k < tl.load(judged_ptr))
     tl.store(ended_ptr + row, ended | (tl.max(other.to(tl.int32), 0) == 0))
+    tl.store(timed_out_ptr, (tl.load(sync_ptr + 1) | tl.load(other_sync_ptr + 1)) != 0, mask=row == 0)
 
 
 @triton.jit
@@ -34,9 +45,16 @@ def _advance_kernel(allowed_ptr, length_ptr, position_ptr, frame_ptr, capacity):
 
 
 def launch_finish(
-    codes: Tensor, ended: Tensor, end_code: Tensor, judged: Tensor, pad_code: Tensor, pads: Tensor
+    codes: Tensor,
+    ended: Tensor,
+    end_code: Tensor,
+    judged: Tensor,
+    pad_code: Tensor,
+    pads: Tensor,
+    syncs: tuple[Tensor, Tensor],
+    timed_out: Tensor,
 ) -> None:
-    """End-of-speech rule and padding of one frame, in place.
+    """End-of-speech rule and padding of one frame, in place, and whether one of its grid barriers timed out.
 
     Args:
         codes: ``[B, codebooks]`` int64, contiguous; a row that had ended is overwritten with ``pad_code`` where ``pads``.
@@ -45,11 +63,13 @@ def launch_finish(
         judged: ``[1]`` int64: all codebooks but the last for Hugging Face, all for Sesame.
         pad_code: ``[1]`` int64.
         pads: ``[1]`` bool.
+        syncs: the ``sync`` buffers of the frame's two stacks.
+        timed_out: ``[1]`` bool, written.
     """
     batch, books = codes.shape
     block = triton.next_power_of_2(books)
     _finish_kernel[(batch,)](
-        codes, ended, end_code, judged, pad_code, pads, CODEBOOKS=books, BLOCK=block, num_warps=1
+        codes, ended, end_code, judged, pad_code, pads, *syncs, timed_out, CODEBOOKS=books, BLOCK=block, num_warps=1
     )
 
 

@@ -193,6 +193,8 @@ def concurrent(seed: int, limit: int = 500_000) -> Iterator[Run]:
         self.fn = collect
         try:
             return stock(self, *args, **kwargs)
+        except interpreter.InterpreterError as error:  # it wraps whatever a program raises
+            raise error.__cause__ or error from None
         finally:
             self.fn = real
 

@@ -168,7 +168,10 @@ def test_end_of_speech(judged: int, pads: bool, device: torch.device) -> None:
     def one(value: Any) -> Tensor:
         return torch.tensor([value], device=device)
 
-    launch_finish(codes, ended, one(5), one(judged), one(9), one(pads))
+    fine, late = (torch.tensor([7, word], dtype=torch.int32, device=device) for word in (0, 1))
+    timed_out = one(False)
+    launch_finish(codes, ended, one(5), one(judged), one(9), one(pads), (fine, late if pads else fine), timed_out)
+    assert timed_out.tolist() == [pads]
     assert ended.tolist() == [judged == 3, True, False, True]
     assert codes[3].tolist() == ([9] * 4 if pads else [1, 2, 3, 4])
     assert codes[:3].tolist() == [[5, 5, 5, 1], [5, 5, 5, 5], [5, 2, 5, 5]]
