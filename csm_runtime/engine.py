@@ -158,7 +158,7 @@ class Engine:
         self._runners: dict[int, _Runner] = {}
         self._shape = _heads(spec.backbone)
         self._depth_shape = _heads(spec.depth)
-        self._books = torch.arange(spec.codebooks, device=device)
+        self._books = torch.tensor(list(range(spec.codebooks)), device=device)
         self._positions = [torch.tensor([p], device=device) for p in range(spec.codebooks)]
 
     def bind(self, packed: Packed) -> bool:

@@ -59,9 +59,7 @@ def why_not(spec: ModelSpec, device: torch.device) -> str | None:
 
 
 def _shape(stack: StackSpec) -> StackShape:
-    return StackShape(
-        stack.layers, stack.hidden, stack.ffn, stack.heads, stack.kv_heads, stack.head_dim, stack.eps
-    )
+    return StackShape(stack.layers, stack.hidden, stack.ffn, stack.heads, stack.kv_heads, stack.head_dim, stack.eps)
 
 
 class FusedModel:
@@ -118,16 +116,16 @@ class FusedModel:
     def _pack(self, packed: Packed) -> FusedWeights:
         spec, (rotary, depth_rotary) = self._spec, self._rotary
 
-        def args(stack: Stack, tables: RotaryTables, of: StackSpec) -> tuple[Any, ...]:
-            return stack.layers, stack.norm, tables.cos, tables.sin, _shape(of)
+        def args(stack: Stack, tables: RotaryTables, of: StackSpec) -> dict[str, Any]:
+            return dict(layers=stack.layers, norm=stack.norm, cos=tables.cos, sin=tables.sin, shape=_shape(of))
 
         return FusedWeights(
-            pack_stack(*args(packed.backbone, rotary, spec.backbone)),
+            pack_stack(**args(packed.backbone, rotary, spec.backbone)),
             pack_depth(
-                *args(packed.depth, depth_rotary, spec.depth),
-                packed.depth_projection,
-                packed.depth_heads,
-                packed.depth_embedding,
+                **args(packed.depth, depth_rotary, spec.depth),
+                projection=packed.depth_projection,
+                heads=packed.depth_heads,
+                embedding=packed.depth_embedding,
                 table=self._table,
             ),
         )
@@ -169,9 +167,9 @@ class FusedFrame:
         self.depth_plan: Plan = plan(
             weights.depth, rows, self.depth, spec.codebooks, persistent=persistent, evictions=keep
         )
-        self._stack_args = stack_pointers(
-            weights.backbone, self._backbone, state.all_keys, state.all_values
-        )._replace(allowed=state.allowed, length=state.length, position=state.position)
+        self._stack_args = stack_pointers(weights.backbone, self._backbone, state.all_keys, state.all_values)._replace(
+            allowed=state.allowed, length=state.length, position=state.position
+        )
         self._depth_args = depth_pointers(weights.depth, self.depth, state.hidden, state.codes, params[1], key)
         head = packed.backbone_head.weight
         self._logits = torch.zeros(rows, spec.vocab, dtype=torch.float32, device=device)
@@ -204,7 +202,9 @@ class FusedFrame:
     def traced(self) -> Tensor:
         """The depth decode alone, from ``state.hidden`` and codebook 0 as it was drawn: logits ``[codebooks - 1, B, V]``."""
         rows, spec = self._state.rows, self._spec
-        logits = torch.zeros(spec.codebooks - 1, rows, spec.depth_vocab, dtype=torch.float32, device=self._logits.device)
+        logits = torch.zeros(
+            spec.codebooks - 1, rows, spec.depth_vocab, dtype=torch.float32, device=self._logits.device
+        )
         launch_depth(self.depth_plan, self._depth_args._replace(logits=logits), rows, rows * spec.depth_vocab)
         return logits
 

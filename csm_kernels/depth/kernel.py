@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from csm_kernels._target import device_facts, inline_ptx, interpreting, tl, triton
@@ -91,7 +90,7 @@ def depth_kernel(
     target = programs
     for p in range(1, s.CODEBOOKS):
         rows = tl.where(p == 1, 2 * batch, batch)
-        if not s.FUSE_DRAW:
+        if not s.FUSE_DRAW:  # noqa: SIM102 one is a constant, the other a value
             if p > 1:
                 phases.draws(pid, programs, batch, p, trace, a, s, target, limit, SYNC)
                 target += programs
@@ -124,47 +123,55 @@ _STEP = ["batch", "rows", "p", "l", "trace"]
 
 @triton.jit(do_not_specialize=_STEP)
 def start_kernel(a, batch, p, s: tl.constexpr, T: tl.constexpr, SYNC: tl.constexpr):
-    """:func:`csm_kernels.depth.phases.start`, and so on."""
+    """The projection. These kernels are the phases of the same names, a launch each."""
     phases.start(tl.program_id(0), tl.num_programs(0), batch, p, a, s, T, 0, 0, SYNC)
 
 
 @triton.jit(do_not_specialize=_STEP)
 def draws_kernel(a, batch, p, trace, s: tl.constexpr, SYNC: tl.constexpr):
+    """The draw of one codebook."""
     phases.draws(tl.program_id(0), tl.num_programs(0), batch, p, trace, a, s, 0, 0, SYNC)
 
 
 @triton.jit(do_not_specialize=_STEP)
 def qkv_kernel(a, rows, batch, p, l, trace, s: tl.constexpr, T: tl.constexpr, SYNC: tl.constexpr):
+    """Norm, q, k and v."""
     phases.qkv(tl.program_id(0), tl.num_programs(0), rows, batch, p, l, trace, a, s, T, 0, 0, SYNC)
 
 
 @triton.jit(do_not_specialize=_STEP)
 def attend_kernel(a, rows, batch, p, l, s: tl.constexpr, SYNC: tl.constexpr):
+    """Attention."""
     phases.attend(tl.program_id(0), tl.num_programs(0), rows, batch, p, l, a, s, 0, 0, SYNC)
 
 
 @triton.jit(do_not_specialize=_STEP)
 def attend_project_kernel(a, rows, batch, p, l, s: tl.constexpr, T: tl.constexpr, SYNC: tl.constexpr):
+    """Attention and O."""
     phases.attend_project(tl.program_id(0), tl.num_programs(0), rows, batch, p, l, a, s, T, 0, 0, SYNC)
 
 
 @triton.jit(do_not_specialize=_STEP)
 def project_kernel(a, rows, batch, l, s: tl.constexpr, T: tl.constexpr, SYNC: tl.constexpr):
+    """O."""
     phases.project(tl.program_id(0), tl.num_programs(0), rows, batch, l, a, s, T, 0, 0, SYNC)
 
 
 @triton.jit(do_not_specialize=_STEP)
 def gate_up_kernel(a, rows, batch, l, s: tl.constexpr, T: tl.constexpr, SYNC: tl.constexpr):
+    """Norm, gate, up and SwiGLU."""
     phases.gate_up(tl.program_id(0), tl.num_programs(0), rows, batch, l, a, s, T, 0, 0, SYNC)
 
 
 @triton.jit(do_not_specialize=_STEP)
 def down_kernel(a, rows, batch, l, s: tl.constexpr, T: tl.constexpr, SYNC: tl.constexpr):
+    """Down."""
     phases.down(tl.program_id(0), tl.num_programs(0), rows, batch, l, a, s, T, 0, 0, SYNC)
 
 
 @triton.jit(do_not_specialize=_STEP)
 def head_kernel(a, batch, p, trace, s: tl.constexpr, T: tl.constexpr, SYNC: tl.constexpr):
+    """The last norm and a head."""
     phases.head(tl.program_id(0), tl.num_programs(0), batch, p, trace, a, s, T, 0, 0, SYNC)
 
 
@@ -181,7 +188,14 @@ class _Layout(NamedTuple):
 
 
 def _tile(
-    matrix: Matrix, height: int, width: int, segments: int, eviction: str, pairs: bool, at: _Layout, chosen: dict[str, int]
+    matrix: Matrix,
+    height: int,
+    width: int,
+    segments: int,
+    eviction: str,
+    pairs: bool,
+    at: _Layout,
+    chosen: dict[str, int],
 ) -> Tile:
     """Tile of one matrix; ``chosen`` is the table's or a test's word on ``BN``."""
     fmt = format_of(matrix)
@@ -422,7 +436,19 @@ def launch_depth(p: Plan, a: Pointers, batch: int, trace: int = 0) -> None:
     a.sync.zero_()
     t = p.tiles
     depth_kernel[(p.programs,)](
-        a, batch, trace, _POLLS, p.sizes, t.projection, t.qkv, t.o, t.gate_up, t.down, t.heads, p.sync, **_cooperative(p)
+        a,
+        batch,
+        trace,
+        _POLLS,
+        p.sizes,
+        t.projection,
+        t.qkv,
+        t.o,
+        t.gate_up,
+        t.down,
+        t.heads,
+        p.sync,
+        **_cooperative(p),
     )
 
 
@@ -434,9 +460,7 @@ def launch_stack(p: Plan, a: Pointers, batch: int) -> None:
         return
     a.sync.zero_()
     t = p.tiles
-    stack_kernel[(p.programs,)](
-        a, batch, _POLLS, p.sizes, t.qkv, t.o, t.gate_up, t.down, p.sync, **_cooperative(p)
-    )
+    stack_kernel[(p.programs,)](a, batch, _POLLS, p.sizes, t.qkv, t.o, t.gate_up, t.down, p.sync, **_cooperative(p))
 
 
 def _cooperative(p: Plan) -> dict[str, Any]:

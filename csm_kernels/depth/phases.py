@@ -196,12 +196,11 @@ def load_tile(weight, tile, chunk, keep, t: tl.constexpr):
     if t.DOT:
         slices, depth = tl.arange(0, t.SLICES)[:, None, None], tl.arange(0, t.DEPTH)[None, None, :]
         row, column = rows[None, :, None], chunk * (t.SLICES * t.DEPTH) + slices * t.DEPTH + depth
-        whole: tl.constexpr = t.STORED % (t.SLICES * t.DEPTH) == 0
     else:
         row, column = rows[:, None], chunk * t.BK + tl.arange(0, t.BK)[None, :]
-        whole: tl.constexpr = t.STORED % t.BK == 0
     mask = (row < t.N) & keep
-    if not whole:
+    across: tl.constexpr = t.SLICES * t.DEPTH if t.DOT else t.BK
+    if t.STORED % across != 0:
         mask = mask & (column < t.STORED)
     if t.SEGMENTS == 1:
         at = row * t.STORED + column
@@ -643,14 +642,16 @@ def draws(pid, programs, batch, p, trace, a, s: tl.constexpr, target, limit, SYN
             noise = noise_for(a, b, p, s)
         token, healthy = drawn_token(noise, a, b, p, batch, trace, s)
         keep_token(token, healthy, a, b, p, s)
-        if s.TABLE:
+        if s.TABLE:  # noqa: SIM102 one is a constant, the other a value
             if p < s.CODEBOOKS:
                 enter_table(a, b, (p - 1) * s.V + token, s)
     arrive(a.sync, SYNC)
 
 
 @triton.jit
-def qkv(pid, programs, rows, batch, p, l, trace, a, s: tl.constexpr, t: tl.constexpr, target, limit, SYNC: tl.constexpr):
+def qkv(
+    pid, programs, rows, batch, p, l, trace, a, s: tl.constexpr, t: tl.constexpr, target, limit, SYNC: tl.constexpr
+):
     """Norm and the products of q, k and v; at the head of a pass, where it is fused, the draw before them."""
     trigger(SYNC)
     weight = matrix_at(a.qkv_weight, l, t)

@@ -1,9 +1,9 @@
 """Programs of one launch, interleaved: the interpreter runs them one after another, so a grid barrier would spin for ever.
 
 Inside :func:`concurrent` every program is a thread, one of them runs at a time, and at every atomic the baton moves to a
-random one, though not to one that would look at the same counter again in vain. A missing or weak barrier then reads what nobody has written yet, in some schedules; a wrong target hangs, which
-is reported. What this cannot see, because it is sequentially consistent: a missing ``debug_barrier``, a wrong ``sem`` or
-``scope``, programs that are not resident together.
+random one, though not to one that would look at the same counter again in vain. A missing or weak barrier then reads what
+nobody has written yet, in some schedules; a wrong target hangs, which is reported. What this cannot see, because it is
+sequentially consistent: a missing ``debug_barrier``, a wrong ``sem`` or ``scope``, programs that are not resident together.
 """
 
 from __future__ import annotations
