@@ -96,14 +96,27 @@ class _Unwind(BaseException):
     """Ends a program whose launch has failed elsewhere; no kernel's ``except Exception`` stops it."""
 
 
-class _Launch:
+class Turns:
     """The programs of one launch as threads under a baton: whoever holds it runs, all others sleep.
 
     A thread starts when its program is first chosen, so a kernel without atomics has one at a time.
+
+    Args:
+        programs: place in the grid, and what runs there.
+        take: called with a program's index whenever it has been handed the baton.
+        seed: chooses the order.
+        limit: turns after which this is a deadlock.
     """
 
-    def __init__(self, programs: list[tuple[tuple[int, int, int], Callable[[], None]]], seed: int, limit: int) -> None:
+    def __init__(
+        self,
+        programs: list[tuple[tuple[int, int, int], Callable[[], None]]],
+        take: Callable[[int], None],
+        seed: int,
+        limit: int,
+    ) -> None:
         self.programs = programs
+        self.take = take
         self.limit = limit
         self.switches = 0
         self.failure: BaseException | None = None
@@ -154,10 +167,8 @@ class _Launch:
         return chosen
 
     def _take(self, me: int) -> None:
-        from triton.runtime.interpreter import interpreter_builder
-
         self._holder = me
-        interpreter_builder.set_grid_idx(*self.programs[me][0])
+        self.take(me)
 
     def _program(self, me: int) -> None:
         self._turns[me].acquire()
@@ -233,7 +244,10 @@ def concurrent(seed: int, limit: int = 1_000_000) -> Iterator[Run]:
     run, active = Run(), []
 
     def run_programs(programs: list[Any]) -> None:
-        launch = _Launch(programs, hash((seed, len(run.switches))), limit)
+        def take(program: int) -> None:
+            interpreter.interpreter_builder.set_grid_idx(*programs[program][0])
+
+        launch = Turns(programs, take, hash((seed, len(run.switches))), limit)
         active.append(launch)
         try:
             launch.run()
