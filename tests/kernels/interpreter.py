@@ -217,7 +217,7 @@ class Run:
 
 
 @contextlib.contextmanager
-def concurrent(seed: int, limit: int = 1_000_000) -> Iterator[Run]:
+def concurrent(seed: int, limit: int = 200_000) -> Iterator[Run]:
     """Inside this block the programs of a launch run interleaved: after each atomic operation a random one goes on.
 
     Exactly one program runs at a time. The order is the same for the same seed, launches and arguments; every launch has
@@ -227,7 +227,7 @@ def concurrent(seed: int, limit: int = 1_000_000) -> Iterator[Run]:
 
     Args:
         seed: chooses the order.
-        limit: atomic operations after which a launch is taken for a deadlock.
+        limit: atomic operations after which a launch is taken for a deadlock; the default takes about a minute.
 
     Yields:
         The counts, per launch.
