@@ -178,6 +178,7 @@ class Engine:
                     runner.graphs = runner.frame = None
                     runner.forget()
         self.packed = packed
+        self._wait_for_dropped_frames()
         if self._fused is not None and self._fused.refresh(packed):
             for runner in self._runners.values():
                 runner.graphs = runner.frame = None
@@ -308,8 +309,7 @@ class Engine:
     def prepare(self, rows: int) -> _Runner:
         """The runner of a batch, its CUDA graphs captured. Overwrites the runner's state: load the prompt afterwards."""
         runner = self.runner(rows)
-        if runner.released is not None:
-            torch.cuda.current_stream(self.device).wait_event(runner.released)
+        self._wait_for_dropped_frames()
         if self._fused is not None and runner.frame is None:
             params = (runner.params, runner.depth_params)
             runner.frame = fused.FusedFrame(
@@ -333,6 +333,12 @@ class Engine:
         """Let the next :meth:`prepare` have the runner, on whatever stream: it waits there for what is still running."""
         if self.device.type == "cuda":
             runner.released = torch.cuda.current_stream(self.device).record_event(runner.released)
+
+    def _wait_for_dropped_frames(self) -> None:
+        """Before their buffers or weights are written: the current stream waits for what a call has left running."""
+        for runner in self._runners.values():
+            if runner.released is not None:
+                torch.cuda.current_stream(self.device).wait_event(runner.released)
 
     def parts(self, rows: int) -> int:
         """How many parts :meth:`warm_up` reports for a batch of ``rows``."""

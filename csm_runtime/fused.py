@@ -21,7 +21,7 @@ from csm_kernels.depth import (
 )
 from csm_kernels.depth.frame import launch_advance, launch_finish
 from csm_kernels.depth.kernel import depth_pointers, launch_depth, launch_stack, stack_pointers
-from csm_kernels.depth.pack import evictions, packed_bytes, tensors
+from csm_kernels.depth.pack import packed_bytes, tensors
 from csm_kernels.embed import launch_embed
 from csm_kernels.gemv_kernel import launch_gemv, workspace_size
 from csm_kernels.norm import launch_forward
@@ -32,7 +32,6 @@ from csm_runtime.weights import Packed, Stack, fingerprints
 
 _MOST_SPLITS = 16
 _H100_PROCESSORS = 132
-_H100_CACHE = 50 * 2**20
 
 
 class FusedWeights(NamedTuple):
@@ -163,10 +162,7 @@ class FusedFrame:
             weights.depth.stack, rows, 1, device, depth=weights.depth, cache_dtype=state.keys[0].dtype
         )
         self._stack_plan = plan(weights.backbone, rows, self._backbone, state.capacity, persistent=persistent)
-        keep = evictions(weights.depth, _cache_bytes(device))
-        self.depth_plan: Plan = plan(
-            weights.depth, rows, self.depth, spec.codebooks, persistent=persistent, evictions=keep
-        )
+        self.depth_plan: Plan = plan(weights.depth, rows, self.depth, spec.codebooks, persistent=persistent)
         self._stack_args = stack_pointers(weights.backbone, self._backbone, state.all_keys, state.all_values)._replace(
             allowed=state.allowed, length=state.length, position=state.position
         )
@@ -226,12 +222,6 @@ def _splits(device: torch.device, rows: int, stack: StackSpec, capacity: int) ->
     processors = device_facts(device.index or 0).processors if device.type == "cuda" else _H100_PROCESSORS
     wanted = max(1, min(processors // (rows * stack.kv_heads), _MOST_SPLITS, capacity // 64))
     return 1 << (wanted.bit_length() - 1)
-
-
-def _cache_bytes(device: torch.device) -> int:
-    if device.type != "cuda":
-        return _H100_CACHE
-    return int(torch.cuda.get_device_properties(device).L2_cache_size)
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:

@@ -49,7 +49,7 @@ def sass(monkeypatch: pytest.MonkeyPatch, name: str) -> str:
 def waits_of(code: str) -> list[tuple[int, int]]:
     """For every wait: weight loads between the arrival before it and its poll, and instructions there that need them.
 
-    Weights are what is loaded with evict-first, nothing else is.
+    Weights are what is loaded with a word on how long it should stay in the cache, nothing else is.
     """
     waits: list[tuple[int, int]] = []
     registers: set[int] = set()
@@ -62,7 +62,7 @@ def waits_of(code: str) -> list[tuple[int, int]]:
             registers = set()
             continue
         named = [int(r) for r in re.findall(r"\bR(\d+)\b", operands)]
-        if op.startswith("LDG") and ".EF" in op:
+        if op.startswith("LDG") and re.search(r"\.E[FL]\b", op):
             loads += 1
             width = 4 if ".128" in op else 2 if ".64" in op else 1
             registers |= set(range(named[0], named[0] + width))
@@ -74,8 +74,8 @@ def waits_of(code: str) -> list[tuple[int, int]]:
 # Of each wait in the order of the code, the weight loads a thread at least has on their way (triton 3.6, sm_90).
 ON_THEIR_WAY = {
     # start, qkv with the draw, attention with O, gate and up, down, head, the last draw (which has no weights)
-    "depth persistent bf16 x1": [8, 2, 4, 1, 8, 8, 0],
-    "depth persistent int8 x1": [4, 1, 2, 1, 4, 4, 0],
+    "depth persistent bf16 x1": [8, 2, 4, 8, 8, 8, 0],
+    "depth persistent int8 x1": [4, 1, 2, 4, 4, 4, 0],
     # start, draws, qkv, attention, O, gate and up, down, head, the last draw
     "depth persistent bf16 x4": [4, 0, 4, 0, 4, 4, 4, 4, 0],
     # start, qkv with the draw, attention, O, gate and up, down, head, the last draw

@@ -18,12 +18,13 @@ from csm_kernels._target import device_facts, inline_ptx, interpreting, tl, trit
 from csm_kernels._tiles import tiles
 from csm_kernels.depth import phases
 from csm_kernels.depth.barrier import GRID, GRID_PTX, NO_SYNC, PDL
-from csm_kernels.depth.pack import Matrix, PackedDepth, PackedStack, Workspace
+from csm_kernels.depth.pack import Matrix, PackedDepth, PackedStack, Workspace, evictions
 from csm_kernels.depth.phases import Pointers, Sizes, Tile
 from csm_kernels.quant import QuantWeight, format_of
 from csm_kernels.sampling import WHOLE_VOCAB, NoiseKey, SamplingParams
 
 _PROCESSORS = 132  # of an H100, for launches that are only compiled or interpreted
+_CACHE = 50 * 2**20  # likewise
 _POLLS = 20_000_000
 """A barrier gives up after so many looks: a few seconds at 0.1 to 0.5 us a look."""
 _DRAW_WARPS = 8
@@ -231,9 +232,16 @@ def _tile(
 
 
 def _balanced(height: int, least: int, largest: int, programs: int) -> int:
-    """The largest tile among those that leave the busiest program the fewest rows."""
-    sizes = [least << i for i in range(8) if least << i <= largest]
-    return min(reversed(sizes), key=lambda size: size * triton.cdiv(triton.cdiv(height, size), programs))
+    """The largest tile that gives the busiest program at most a tenth more rows than the best choice would.
+
+    Two rows a tile are the fairest for CSM's gate and up, by 126 rows to 128, and leave a single load in flight.
+    """
+    busiest = {
+        size: size * triton.cdiv(triton.cdiv(height, size), programs)
+        for size in (least << i for i in range(8))
+        if size <= largest
+    }
+    return max(size for size, rows in busiest.items() if rows <= 1.1 * min(busiest.values()))
 
 
 def plan(
@@ -244,7 +252,6 @@ def plan(
     *,
     persistent: bool | None = None,
     programs: int | None = None,
-    evictions: dict[str, str] | None = None,
 ) -> Plan:
     """Tiles, grid and driver of a depth decoder or a backbone.
 
@@ -255,7 +262,6 @@ def plan(
         capacity: cached positions.
         persistent: the driver; None for what the tile table says was faster.
         programs: grid of the persistent kernel; None for one per processor.
-        evictions: matrix to what the cache should do with it, see :func:`csm_kernels.depth.pack.evictions`.
     """
     depth = packed if isinstance(packed, PackedDepth) else None
     stack = packed.stack if isinstance(packed, PackedDepth) else packed
@@ -271,7 +277,7 @@ def plan(
     warps = chosen.get("num_warps", 8 if persistent else 4)
     grid = programs or (facts.processors if facts is not None else _PROCESSORS)
     at = _Layout(batch, persistent, warps, grid)
-    keep = evictions or {}
+    keep = {} if depth is None else evictions(depth, facts.cache_bytes if facts is not None else _CACHE)
 
     def tile(name: str, matrix: Matrix, height: int, width: int, segments: int = 1) -> Tile:
         block = {"BN": chosen[f"BN_{name}"]} if f"BN_{name}" in chosen else {}
