@@ -17,9 +17,9 @@ from torch import Tensor
 from csm_kernels._target import device_facts, inline_ptx, interpreting, tl, triton
 from csm_kernels._tiles import tiles
 from csm_kernels.depth import phases
+from csm_kernels.depth.args import Pointers, Sizes, Tile
 from csm_kernels.depth.barrier import GRID, GRID_PTX, NO_SYNC, PDL
 from csm_kernels.depth.pack import Matrix, PackedDepth, PackedStack, Workspace, evictions
-from csm_kernels.depth.phases import Pointers, Sizes, Tile
 from csm_kernels.quant import QuantWeight, format_of
 from csm_kernels.sampling import WHOLE_VOCAB, NoiseKey, SamplingParams
 

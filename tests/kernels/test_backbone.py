@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from csm_kernels.depth import make_workspace, plan
+from csm_kernels.depth.args import Pointers
 from csm_kernels.depth.frame import launch_advance, launch_finish
 from csm_kernels.depth.kernel import Plan, launch_stack, stack_pointers
 from csm_kernels.depth.pack import PackedStack, Workspace, poison
-from csm_kernels.depth.phases import Pointers
 from csm_kernels.depth.reference import StackReference
 from csm_kernels.testing import assert_close
 from kernels.depth_models import ODD, ONE_GROUP, TINY, backbone_model, few_programs, same

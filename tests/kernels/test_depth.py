@@ -10,9 +10,9 @@ from torch import Tensor
 
 from csm_kernels._target import interpreting
 from csm_kernels.depth import depth_decode, depth_logits, make_workspace, plan
+from csm_kernels.depth.args import Pointers
 from csm_kernels.depth.kernel import Plan, depth_launches, depth_pointers, launch_depth, run_launches
 from csm_kernels.depth.pack import PackedDepth, Workspace, poison
-from csm_kernels.depth.phases import Pointers
 from csm_kernels.depth.reference import DepthReference
 from csm_kernels.sampling import NoiseKey, SamplingParams
 from csm_kernels.testing import assert_close
