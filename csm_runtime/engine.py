@@ -179,10 +179,20 @@ class Engine:
                     runner.forget()
         self.packed = packed
         self._wait_for_dropped_frames()
-        if self._fused is not None and self._fused.refresh(packed):
+        if self._fused is not None and self._repacked(self._fused, packed):
             for runner in self._runners.values():
                 runner.graphs = runner.frame = None
         return dropped
+
+    def _repacked(self, model: fused.FusedModel, packed: Packed) -> bool:
+        """Follow the weights; True where what was captured is no longer valid. Without room for copies, no kernels."""
+        try:
+            return model.refresh(packed)
+        except (RuntimeError, ValueError) as error:  # out of memory above all
+            if self.mode != "graph":
+                raise
+            self._fused, self.unfused = None, f"this model ({type(error).__name__}: {error})"
+            return True
 
     def fused_bytes(self) -> int:
         """Bytes of the copies that the fused kernels read."""
