@@ -283,9 +283,7 @@ def draw(
 
 
 @triton.jit
-def noise_of(
-    seed_ptr, utterance_ptr, frame_ptr, codebook, do_sample_ptr, WHOLE: tl.constexpr, BLOCK_V: tl.constexpr
-):
+def noise_of(seed_ptr, utterance_ptr, frame_ptr, codebook, do_sample_ptr, WHOLE: tl.constexpr, BLOCK_V: tl.constexpr):
     """The noise :func:`draw` wants: it depends on no logits, so it can be made while they are."""
     noise = tl.zeros((BLOCK_V if WHOLE else 1,), tl.float32)
     if WHOLE:
@@ -318,7 +316,9 @@ def _sample_kernel(
     """One row."""
     row = tl.program_id(0).to(tl.int64)
     codebook = tl.load(codebook_ptr)
-    noise = noise_of(seed_ptr + row, utterance_ptr + row, frame_ptr + row, codebook, do_sample_ptr + row, WHOLE, BLOCK_V)
+    noise = noise_of(
+        seed_ptr + row, utterance_ptr + row, frame_ptr + row, codebook, do_sample_ptr + row, WHOLE, BLOCK_V
+    )
     token, healthy = draw(
         logits_ptr + row * logits_stride,
         noise,

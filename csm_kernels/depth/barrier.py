@@ -17,9 +17,9 @@ from csm_kernels._target import tl, triton
 NO_SYNC = 0
 """One launch per phase in stream order."""
 GRID = 1
-"""Grid barrier on Triton's atomics; all threads of a program poll."""
+"""Grid barrier on Triton's atomics; one thread of a program polls and tells the others after every look."""
 GRID_PTX = 2
-"""The same with one polling thread, inline PTX."""
+"""The same in inline PTX: the polling thread tells the others when it is done."""
 PDL = 3
 """One launch per phase, each started before the one before it has ended."""
 
@@ -71,7 +71,7 @@ def arrive(sync_ptr, SYNC: tl.constexpr):
 def wait(sync_ptr, target, limit, SYNC: tl.constexpr):
     """What was stored in the phases before may be read from here on."""
     if SYNC == 1:
-        polls = 0
+        polls = 1
         seen = tl.atomic_add(sync_ptr, 0, sem="acquire", scope="gpu")
         while (seen < target) & (polls < limit):
             seen = tl.atomic_add(sync_ptr, 0, sem="acquire", scope="gpu")

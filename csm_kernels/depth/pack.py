@@ -335,9 +335,7 @@ def pack_depth(
     )
 
 
-def projected_table(
-    projection: Matrix, bias: Tensor | None, embedding: Tensor, codebooks: int, vocab: int
-) -> Tensor:
+def projected_table(projection: Matrix, bias: Tensor | None, embedding: Tensor, codebooks: int, vocab: int) -> Tensor:
     """The embeddings of all codebooks but the last after the projection, in the embedding's dtype."""
     weight = dequantize(projection)[0]
     rows = embedding[: (codebooks - 1) * vocab]
