@@ -53,7 +53,7 @@ STAGES = (
     Spec(4, "correctness", 70),
     Spec(5, "speed", 110),
     Spec(6, "end_to_end", 130),
-    Spec(7, "start", 80),
+    Spec(7, "start", 100),
     Spec(8, "kernel_tests", 150),
 )
 BUDGET = 530.0

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from csm_kernels._target import interpreting
 from csm_kernels.depth.barrier import GRID, GRID_PTX
@@ -34,6 +36,13 @@ def _names() -> list[str]:
     return [f"litmus sync {sync} {warps} warps" for sync in (GRID, GRID_PTX) for warps in WARPS]
 
 
+@functools.cache
+def _truth(programs: int, warps: int, rounds: int) -> Tensor:
+    import litmus
+
+    return litmus.expected(litmus.prepare(programs, warps, "cpu"), rounds)
+
+
 def _litmus(stage: Stage, sync: int, warps: int) -> dict[str, Any]:
     """Neighbours exchange values; whatever is read a round too early or too late shows in the outcome."""
     import litmus
@@ -41,7 +50,7 @@ def _litmus(stage: Stage, sync: int, warps: int) -> dict[str, Any]:
     programs = 1 if stage.rehearse else torch.cuda.get_device_properties(stage.device).multi_processor_count
     rounds = 5 if stage.rehearse else _ROUNDS
     launches = 2 if stage.rehearse else -(-BARRIERS // (2 * len(WARPS) * rounds))
-    truth = litmus.expected(litmus.prepare(programs, warps, stage.device), rounds).to(stage.device)
+    truth = _truth(programs, warps, rounds).to(stage.device)
     busy = None if stage.rehearse else torch.ones(64 << 20, device=stage.device)
     other = None if stage.rehearse else torch.cuda.Stream(stage.device)
     wrong = 0

@@ -19,6 +19,8 @@ import torch
 from stages import models
 from stages.common import Stage
 
+_MOST_WORKERS = 12
+"""Each holds a context and a model, 4 GB together at the most."""
 Case = tuple[str, str, int, str]
 """Size, format, batch and driver of a frame."""
 
@@ -34,9 +36,11 @@ def cases() -> list[Case]:
     return found
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1)
 def _model(size: str, fmt: str, device: str) -> models.Model:
-    return models.build(models.REAL if size == "real" else models.TINY, fmt, torch.device(device))
+    if device == "cuda":
+        torch.cuda.empty_cache()  # of the model before, which the cache has dropped: all workers share the device
+    return models.build(models.REAL if size == "real" else models.TINY, fmt, torch.device(device), alike=True)
 
 
 @contextlib.contextmanager
@@ -83,7 +87,8 @@ def run(stage: Stage) -> None:
     """Compile all of them; what is not done in time is compiled where it is first launched."""
     wanted = [("tiny", "bfloat16", 1, "launches")] if stage.rehearse else cases()
     left = [case for case in wanted if stage.get(" ".join(map(str, case))) is None]
-    count = max(1, min(len(left), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    count = max(1, min(len(left), cores, _MOST_WORKERS))
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(count, context) as pool:
         waiting = {pool.submit(compile_case, case, stage.rehearse): " ".join(map(str, case)) for case in left}

@@ -62,10 +62,11 @@ def _rotary(positions: int, dim: int, device: torch.device) -> tuple[Tensor, Ten
     return both.cos(), both.sin()
 
 
-def build(size: Size, fmt: str, device: torch.device) -> Model:
+def build(size: Size, fmt: str, device: torch.device, *, alike: bool = False) -> Model:
     """A model with every matrix in one format; ``fmt`` a dtype's name keeps them as they are, others are beside bf16.
 
-    Codebook 0's head and the embeddings stay in the dtype, as in the runtime's own policies.
+    Codebook 0's head and the embeddings stay in the dtype, as in the runtime's own policies. ``alike`` makes one layer
+    and packs it again and again, which needs half the memory: for compiling, where values do not matter.
     """
     kept = fmt in ("float32", "bfloat16", "float16")
     dtype = getattr(torch, fmt) if kept else torch.bfloat16
@@ -91,8 +92,8 @@ def build(size: Size, fmt: str, device: torch.device) -> Model:
                 up=linear(shape.ffn, shape.width),
                 down=linear(shape.width, shape.ffn),
             )
-            for _ in range(shape.layers)
-        ]
+            for _ in range(1 if alike else shape.layers)
+        ] * (shape.layers if alike else 1)
         return layers, (1 + 0.1 * normal(shape.width)).to(dtype), *_rotary(positions, shape.dim, device), shape
 
     formats = {} if kept else dict.fromkeys(ZONES, fmt)
