@@ -56,6 +56,8 @@ STAGES = (
     Spec(7, "start", 100),
     Spec(8, "kernel_tests", 150),
 )
+PROOFS = frozenset({2, 3, 4})
+"""Stages without which no driver becomes the default."""
 BUDGET = 530.0
 _LEAST = 5.0
 """Seconds below which a stage is not begun."""
@@ -94,7 +96,7 @@ def attempt(spec: Spec, state: Path, rehearse: bool, left: float) -> dict[str, A
     """Run one stage in its own process; its journal with status, seconds and, where it failed, a message."""
     journal, log = state / f"stage-{spec.number}.json", state / f"stage-{spec.number}.log"
     limit = min(spec.limit if not rehearse else 3 * spec.limit, left)
-    start = time.monotonic()
+    start, source = time.monotonic(), fingerprint()
     with log.open("w") as out:
         process = subprocess.Popen(
             command(spec, journal, rehearse, limit),
@@ -110,7 +112,7 @@ def attempt(spec: Spec, state: Path, rehearse: bool, left: float) -> dict[str, A
         finally:
             _end(process)
     found = {"pieces": {}, "errors": {}, **read_json(journal), "stage": spec.number, "name": spec.module}
-    found |= {"seconds": time.monotonic() - start, "rehearsal": rehearse, "source": fingerprint()}
+    found |= {"seconds": time.monotonic() - start, "rehearsal": rehearse, "source": source}
     tail = log.read_text(errors="replace").strip().splitlines()[-3:]
     if code is None:
         found |= {"status": "timed out", "message": f"stopped after {limit:.0f} s"}
@@ -164,7 +166,7 @@ def campaign(args: argparse.Namespace, device: str, state: Path) -> dict[str, An
         if found is not None:
             stages.append({"status": "interrupted", "stage": spec.number, "name": spec.module, **found})
         if spec.number == 5 and found is not None:
-            stored = pick_drivers(found["pieces"], device, state, args.rehearse)
+            stored = pick_drivers(stages, device, state, args.rehearse)
     pieces = {stage["stage"]: stage["pieces"] for stage in stages}
     bars = [] if args.rehearse else [bar._asdict() for bar in verdicts.bars(pieces)]
     return {
@@ -175,12 +177,20 @@ def campaign(args: argparse.Namespace, device: str, state: Path) -> dict[str, An
     }
 
 
-def pick_drivers(pieces: dict[str, Any], device: str, state: Path, rehearse: bool) -> list[Path]:
-    """Store the faster driver of every format and batch; a rehearsal only tries the writing and reading elsewhere."""
+def pick_drivers(stages: list[dict[str, Any]], device: str, state: Path, rehearse: bool) -> list[Path]:
+    """Store the faster driver of every format and batch, so that the stages that follow run with it.
+
+    Only what has been proved is chosen: stages 2 to 4 are done. A rehearsal tries the writing and reading elsewhere.
+    """
     if rehearse:
         with tempfile.TemporaryDirectory(dir=state) as folder:
             verdicts.check_table(Path(folder) / "tiles")
         return []
+    unproved = PROOFS - {stage["stage"] for stage in stages if stage["status"] == "done"}
+    if unproved:
+        print(f"no driver is stored: stages {sorted(unproved)} are not done", file=sys.stderr)
+        return []
+    pieces = next(stage["pieces"] for stage in stages if stage["stage"] == 5)
     when = datetime.now(UTC).strftime("%Y-%m-%d")
     return verdicts.store(verdicts.choices(pieces, device, when))
 

@@ -202,6 +202,23 @@ def test_the_default_driver_comes_from_the_measurement(bench: Any) -> None:
     assert entry["gpu"] == "a GPU" and entry["shape"]["B"] == 1 and "3.000 ms" in entry["measured"]
 
 
+def test_no_driver_is_stored_before_it_is_proved(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stored: list[Any] = []
+    monkeypatch.setattr(bench.verdicts, "store", lambda entries: stored.append(entries) or [])
+    pieces = {"int8 batch 1 launches": frame(3.0, 1.0), "int8 batch 1 persistent": frame(2.0, 1.0)}
+    stages = [{"stage": number, "status": "done", "pieces": {}} for number in (0, 1, 2, 3)]
+    stages += [{"stage": 4, "status": "failed", "pieces": {}}, {"stage": 5, "status": "timed out", "pieces": pieces}]
+    assert bench.pick_drivers(stages, "a GPU", tmp_path, False) == [] and not stored
+    assert "stages [4] are not done" in capsys.readouterr().err
+    stages[4]["status"] = "done"
+    bench.pick_drivers(stages, "a GPU", tmp_path, True)
+    assert not stored, "a rehearsal stores nothing"
+    bench.pick_drivers(stages, "a GPU", tmp_path, False)
+    assert [entry["tiles"] for entry in stored[0]["depth"]] == [{"PERSISTENT": 1}]
+
+
 def test_the_tile_table_is_merged_and_read(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from stages.verdicts import check_table, store
 

@@ -18,6 +18,8 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"stage {stage['stage']} {stage['name']:<12} {stage['status']:<20} {seconds:>6}  {_short(stage)}")
     pieces = {stage["stage"]: stage["pieces"] for stage in result["stages"]}
     lines += [*_constants(pieces.get(1, {})), *_frames(pieces.get(5, {})), *_whole(pieces.get(6, {}))]
+    if result["bars"] and not any(name in result["device"] for name in ("H100", "H200")):
+        lines.append("the bars are meant for an H100")
     for bar in result["bars"]:
         verdict = {True: "PASS", False: "FAIL", None: "not measured"}[bar["passed"]]
         value = "" if bar["value"] is None else f"{bar['value']:.2f}"
