@@ -12,6 +12,8 @@ from stages.common import Stage, gb_per_s
 
 WARPS = (4, 8, 16)
 _POLLS = 20_000_000
+_ROUNDS = 10_000
+"""Grid barriers of one launch."""
 
 
 @triton.jit
@@ -118,7 +120,7 @@ def _node(stage: Stage, sync: int, processors: int, nodes: int = 500) -> dict[st
 
 def _barrier(stage: Stage, sync: int, warps: int, processors: int) -> dict[str, Any]:
     """Microseconds of a grid barrier, one program per processor."""
-    rounds = 3 if stage.rehearse else 10_000
+    rounds = 3 if stage.rehearse else _ROUNDS
     counters = torch.zeros(2, dtype=torch.int32, device=stage.device)
     options = {} if stage.rehearse else {"launch_cooperative_grid": True}
 

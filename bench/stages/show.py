@@ -70,10 +70,12 @@ def _frames(pieces: dict[str, Any]) -> list[str]:
         )
     for one in pieces.values():
         for row in one.get("rows", []) if isinstance(one, dict) else []:
-            if row["ms"] is not None and row["gb_per_s"] is not None:
+            if row["ms"] is not None:
                 name = f"{one['format']}, batch {one['batch']}, {row['stack']} {row['phase']}"
                 share = _share(row["share_of_stream"])
-                lines.append(f"{name:<44} {row['ms']:>7.3f} ms {row['gb_per_s']:>6.0f} GB/s {share:>5} of stream")
+                lines.append(
+                    f"{name:<44} {row['ms']:>7.3f} ms {_figure(row['gb_per_s'], 0):>6} GB/s {share:>5} of stream"
+                )
     return lines
 
 
