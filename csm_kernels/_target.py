@@ -36,6 +36,8 @@ class Device(NamedTuple):
     capability: int
     """Compute capability, 90 for sm_90."""
     processors: int
+    cache_bytes: int
+    """Of the second-level cache."""
 
 
 def has_triton() -> bool:
@@ -74,4 +76,4 @@ def runs_triton(*tensors: Tensor | None) -> bool:
 def device_facts(index: int) -> Device:
     """Facts about one CUDA device."""
     found = torch.cuda.get_device_properties(index)
-    return Device(found.name, found.major * 10 + found.minor, found.multi_processor_count)
+    return Device(found.name, found.major * 10 + found.minor, found.multi_processor_count, found.L2_cache_size)

@@ -286,7 +286,7 @@ def draw(
 def noise_of(seed_ptr, utterance_ptr, frame_ptr, codebook, do_sample_ptr, WHOLE: tl.constexpr, BLOCK_V: tl.constexpr):
     """The noise :func:`draw` wants: it depends on no logits, so it can be made while they are."""
     noise = tl.zeros((BLOCK_V if WHOLE else 1,), tl.float32)
-    if WHOLE:
+    if WHOLE:  # noqa: SIM102 one is a constant, the other a value
         if tl.load(do_sample_ptr) != 0:
             seed, utterance, frame = tl.load(seed_ptr), tl.load(utterance_ptr), tl.load(frame_ptr)
             noise = _noise(tl.arange(0, BLOCK_V), seed, utterance, frame, codebook)

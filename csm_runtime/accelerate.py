@@ -237,12 +237,15 @@ class Acceleration:
         # A stock layer whose weights were dropped computes from int8 in a way that is not worth compiling.
         compiled = engine.mode not in ("eager", "kernels") and not self._dropped
         self._passes = Passes(self._model, compiled, self.metrics)
+        self._note_unfused(engine)
+        return engine
+
+    def _note_unfused(self, engine: Engine) -> None:
         if engine.unfused is not None:
             note = f"frames run on PyTorch's own ops: the fused kernels cannot run {engine.unfused}"
             if note not in self.notes:
                 self.notes.append(note)
                 logger.warning(note)
-        return engine
 
     def _matrix_count(self) -> int:
         return 7 * (self._spec.backbone.layers + self._spec.depth.layers) + 3
@@ -268,6 +271,7 @@ class Acceleration:
             logger.info("%d packed weights were stale and have been packed again", len(stale))
         if self._engine.bind(packed):
             self._warm.clear()
+        self._note_unfused(self._engine)
 
     def _warm_up(self, size: int) -> None:
         """Compile for one bucket; where that fails, or fails its self-test, run in a safer mode and say so."""

@@ -158,7 +158,7 @@ class Engine:
         self._runners: dict[int, _Runner] = {}
         self._shape = _heads(spec.backbone)
         self._depth_shape = _heads(spec.depth)
-        self._books = torch.arange(spec.codebooks, device=device)
+        self._books = torch.tensor(list(range(spec.codebooks)), device=device)
         self._positions = [torch.tensor([p], device=device) for p in range(spec.codebooks)]
 
     def bind(self, packed: Packed) -> bool:
@@ -178,10 +178,21 @@ class Engine:
                     runner.graphs = runner.frame = None
                     runner.forget()
         self.packed = packed
-        if self._fused is not None and self._fused.refresh(packed):
+        self._wait_for_dropped_frames()
+        if self._fused is not None and self._repacked(self._fused, packed):
             for runner in self._runners.values():
                 runner.graphs = runner.frame = None
         return dropped
+
+    def _repacked(self, model: fused.FusedModel, packed: Packed) -> bool:
+        """Follow the weights; True where what was captured is no longer valid. Without room for copies, no kernels."""
+        try:
+            return model.refresh(packed)
+        except (RuntimeError, ValueError) as error:  # out of memory above all
+            if self.mode != "graph":
+                raise
+            self._fused, self.unfused = None, f"this model ({type(error).__name__}: {error})"
+            return True
 
     def fused_bytes(self) -> int:
         """Bytes of the copies that the fused kernels read."""
@@ -308,8 +319,7 @@ class Engine:
     def prepare(self, rows: int) -> _Runner:
         """The runner of a batch, its CUDA graphs captured. Overwrites the runner's state: load the prompt afterwards."""
         runner = self.runner(rows)
-        if runner.released is not None:
-            torch.cuda.current_stream(self.device).wait_event(runner.released)
+        self._wait_for_dropped_frames()
         if self._fused is not None and runner.frame is None:
             params = (runner.params, runner.depth_params)
             runner.frame = fused.FusedFrame(
@@ -333,6 +343,12 @@ class Engine:
         """Let the next :meth:`prepare` have the runner, on whatever stream: it waits there for what is still running."""
         if self.device.type == "cuda":
             runner.released = torch.cuda.current_stream(self.device).record_event(runner.released)
+
+    def _wait_for_dropped_frames(self) -> None:
+        """Before their buffers or weights are written: the current stream waits for what a call has left running."""
+        for runner in self._runners.values():
+            if runner.released is not None:
+                torch.cuda.current_stream(self.device).wait_event(runner.released)
 
     def parts(self, rows: int) -> int:
         """How many parts :meth:`warm_up` reports for a batch of ``rows``."""

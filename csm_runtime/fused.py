@@ -21,7 +21,7 @@ from csm_kernels.depth import (
 )
 from csm_kernels.depth.frame import launch_advance, launch_finish
 from csm_kernels.depth.kernel import depth_pointers, launch_depth, launch_stack, stack_pointers
-from csm_kernels.depth.pack import evictions, packed_bytes, tensors
+from csm_kernels.depth.pack import packed_bytes, tensors
 from csm_kernels.embed import launch_embed
 from csm_kernels.gemv_kernel import launch_gemv, workspace_size
 from csm_kernels.norm import launch_forward
@@ -32,7 +32,6 @@ from csm_runtime.weights import Packed, Stack, fingerprints
 
 _MOST_SPLITS = 16
 _H100_PROCESSORS = 132
-_H100_CACHE = 50 * 2**20
 
 
 class FusedWeights(NamedTuple):
@@ -59,9 +58,7 @@ def why_not(spec: ModelSpec, device: torch.device) -> str | None:
 
 
 def _shape(stack: StackSpec) -> StackShape:
-    return StackShape(
-        stack.layers, stack.hidden, stack.ffn, stack.heads, stack.kv_heads, stack.head_dim, stack.eps
-    )
+    return StackShape(stack.layers, stack.hidden, stack.ffn, stack.heads, stack.kv_heads, stack.head_dim, stack.eps)
 
 
 class FusedModel:
@@ -118,16 +115,16 @@ class FusedModel:
     def _pack(self, packed: Packed) -> FusedWeights:
         spec, (rotary, depth_rotary) = self._spec, self._rotary
 
-        def args(stack: Stack, tables: RotaryTables, of: StackSpec) -> tuple[Any, ...]:
-            return stack.layers, stack.norm, tables.cos, tables.sin, _shape(of)
+        def args(stack: Stack, tables: RotaryTables, of: StackSpec) -> dict[str, Any]:
+            return dict(layers=stack.layers, norm=stack.norm, cos=tables.cos, sin=tables.sin, shape=_shape(of))
 
         return FusedWeights(
-            pack_stack(*args(packed.backbone, rotary, spec.backbone)),
+            pack_stack(**args(packed.backbone, rotary, spec.backbone)),
             pack_depth(
-                *args(packed.depth, depth_rotary, spec.depth),
-                packed.depth_projection,
-                packed.depth_heads,
-                packed.depth_embedding,
+                **args(packed.depth, depth_rotary, spec.depth),
+                projection=packed.depth_projection,
+                heads=packed.depth_heads,
+                embedding=packed.depth_embedding,
                 table=self._table,
             ),
         )
@@ -165,13 +162,10 @@ class FusedFrame:
             weights.depth.stack, rows, 1, device, depth=weights.depth, cache_dtype=state.keys[0].dtype
         )
         self._stack_plan = plan(weights.backbone, rows, self._backbone, state.capacity, persistent=persistent)
-        keep = evictions(weights.depth, _cache_bytes(device))
-        self.depth_plan: Plan = plan(
-            weights.depth, rows, self.depth, spec.codebooks, persistent=persistent, evictions=keep
+        self.depth_plan: Plan = plan(weights.depth, rows, self.depth, spec.codebooks, persistent=persistent)
+        self._stack_args = stack_pointers(weights.backbone, self._backbone, state.all_keys, state.all_values)._replace(
+            allowed=state.allowed, length=state.length, position=state.position
         )
-        self._stack_args = stack_pointers(
-            weights.backbone, self._backbone, state.all_keys, state.all_values
-        )._replace(allowed=state.allowed, length=state.length, position=state.position)
         self._depth_args = depth_pointers(weights.depth, self.depth, state.hidden, state.codes, params[1], key)
         head = packed.backbone_head.weight
         self._logits = torch.zeros(rows, spec.vocab, dtype=torch.float32, device=device)
@@ -204,7 +198,9 @@ class FusedFrame:
     def traced(self) -> Tensor:
         """The depth decode alone, from ``state.hidden`` and codebook 0 as it was drawn: logits ``[codebooks - 1, B, V]``."""
         rows, spec = self._state.rows, self._spec
-        logits = torch.zeros(spec.codebooks - 1, rows, spec.depth_vocab, dtype=torch.float32, device=self._logits.device)
+        logits = torch.zeros(
+            spec.codebooks - 1, rows, spec.depth_vocab, dtype=torch.float32, device=self._logits.device
+        )
         launch_depth(self.depth_plan, self._depth_args._replace(logits=logits), rows, rows * spec.depth_vocab)
         return logits
 
@@ -226,12 +222,6 @@ def _splits(device: torch.device, rows: int, stack: StackSpec, capacity: int) ->
     processors = device_facts(device.index or 0).processors if device.type == "cuda" else _H100_PROCESSORS
     wanted = max(1, min(processors // (rows * stack.kv_heads), _MOST_SPLITS, capacity // 64))
     return 1 << (wanted.bit_length() - 1)
-
-
-def _cache_bytes(device: torch.device) -> int:
-    if device.type != "cuda":
-        return _H100_CACHE
-    return int(torch.cuda.get_device_properties(device).L2_cache_size)
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:

@@ -92,5 +92,6 @@ class State:
         self.position.copy_(positions[rows] + 1)
         self.frame.zero_()
         self.ended.zero_()
+        self.timed_out.zero_()
         self.allowed.zero_()
         self.allowed[:, :tokens] = True if mask is None else mask[rows].bool()

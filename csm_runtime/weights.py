@@ -101,8 +101,8 @@ def _fingerprint(source: Tensor) -> Tensor:
 
 def fingerprints(packed: Packed) -> Tensor:
     """One pattern for everything the fused kernels hold a copy of, ``[n]`` int64; the backbone's embedding is not."""
-    leaves = [t for t in tree_leaves(packed._replace(backbone_embedding=None)) if isinstance(t, Tensor)]
-    return torch.cat([_fingerprint(leaf) for leaf in leaves])
+    others = packed._replace(backbone_embedding=packed.backbone.norm)
+    return torch.cat([_fingerprint(leaf) for leaf in tree_leaves(others) if isinstance(leaf, Tensor)])
 
 
 def _same(old: Tensor | None, new: Tensor) -> bool:

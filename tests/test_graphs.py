@@ -343,3 +343,37 @@ def test_a_runner_is_waited_for_on_another_stream(fast: Any, monkeypatch: pytest
     engine.prepare(1)
     engine.release(runner)
     assert log == [("record", None), ("wait", "event"), ("record", "event")]
+
+
+class Full:
+    """Stands in for the packed copies on a device without room for them."""
+
+    def refresh(self, packed: Any) -> bool:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def bytes(self) -> int:
+        return 0
+
+
+def test_without_room_for_copies_frames_run_on_library_ops(
+    fast: Any, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, prompt = fast(), text_prompt((4, 6))
+    engine = as_on_cuda(model, monkeypatch)
+    monkeypatch.setattr(engine, "_fused", Full())
+    monkeypatch.setattr(engine, "unfused", None)
+    with on_fast_path(model):
+        tokens = model.generate(**prompt, **GREEDY, max_new_tokens=4)
+    assert torch.equal(tokens, stock(model, **prompt, **GREEDY, max_new_tokens=4))
+    notes = [note for note in model.acceleration.notes if "CUDA out of memory" in note]
+    assert len(notes) == 1
+    model.generate(**prompt, **GREEDY, max_new_tokens=2)
+    assert len([note for note in model.acceleration.notes if "CUDA out of memory" in note]) == 1
+
+
+def test_who_asks_for_kernels_is_told(fast: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = fast().acceleration._engine
+    monkeypatch.setattr(engine, "mode", "kernels")
+    monkeypatch.setattr(engine, "_fused", Full())
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.bind(engine.packed)

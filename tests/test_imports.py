@@ -119,7 +119,7 @@ def test_leaves_import_nothing_of_ours(name: str) -> None:
 
 
 def test_only_the_engine_and_the_backend_call_decode_ops() -> None:
-    callers = ("engine.py", "steps.py", "backend.py")
+    callers = ("engine.py", "steps.py", "fused.py", "backend.py")
     seen = set()
     for path in files(RUNTIME):
         parts = [name.split(".") for name in imports(path) if name.startswith("csm_kernels.")]
@@ -136,7 +136,13 @@ def test_only_the_engine_and_the_backend_call_decode_ops() -> None:
 def test_op_files_are_all_listed() -> None:
     """A file of csm_kernels that registers an op or holds a reference is an op's file."""
     holding = {path.stem for path in files(KERNELS) if "_ref(" in path.read_text() and not path.stem.startswith("_")}
-    assert holding - {"quant", "testing"} <= OP_FILES
+    assert holding - {"quant", "testing", "reference"} <= OP_FILES
+
+
+def test_only_the_engine_runs_the_fused_kernels() -> None:
+    for path in files(RUNTIME):
+        taken = {n for n in imports(path) if n.startswith(("csm_kernels.depth", "csm_runtime.fused"))}
+        assert not taken or path.name in ("engine.py", "fused.py"), (path.name, taken)
 
 
 def test_only_accelerate_and_what_stands_on_it_import_the_engine_or_the_adapter() -> None:

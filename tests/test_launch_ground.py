@@ -26,7 +26,7 @@ SHAPE = {"N": 8192, "K": 1024, "format": "int8"}
 @pytest.fixture
 def h100(monkeypatch: pytest.MonkeyPatch) -> Tensor:
     """A tensor that says it is on an H100."""
-    facts = _target.Device("NVIDIA H100", 90, 132)
+    facts = _target.Device("NVIDIA H100", 90, 132, 50 * 2**20)
     monkeypatch.setattr(_tiles, "device_facts", lambda index: facts)
     table = [
         {"gpu": "sm_90", "shape": {"N": 8192}, "tiles": {"BLOCK_N": 2}, "measured": "capability"},

@@ -13,7 +13,15 @@ from torch import Tensor
 from csm_kernels._target import runs_triton
 from csm_kernels.depth.forced import depth_logits
 from csm_kernels.depth.kernel import Plan, depth_pointers, launch_depth, plan
-from csm_kernels.depth.pack import PackedDepth, PackedStack, StackShape, Workspace, make_workspace, pack_depth, pack_stack
+from csm_kernels.depth.pack import (
+    PackedDepth,
+    PackedStack,
+    StackShape,
+    Workspace,
+    make_workspace,
+    pack_depth,
+    pack_stack,
+)
 from csm_kernels.depth.reference import DepthReference
 from csm_kernels.sampling import NoiseKey, SamplingParams
 
@@ -76,7 +84,9 @@ def depth_decode(
             logits.copy_(made.transpose(0, 1))
         return codes
     if workspace is None:
-        workspace = make_workspace(packed.stack, batch, 1, hidden.device, depth=packed, cache_dtype=packed.embedding.dtype)
+        workspace = make_workspace(
+            packed.stack, batch, 1, hidden.device, depth=packed, cache_dtype=packed.embedding.dtype
+        )
     codes = torch.empty(batch, packed.codebooks, dtype=torch.int64, device=hidden.device)
     workspace.buffers.token.copy_(token)
     pointers = depth_pointers(packed, workspace, hidden, codes, params, key)

@@ -40,8 +40,9 @@ def _advance_kernel(allowed_ptr, length_ptr, position_ptr, frame_ptr, capacity):
     row = tl.program_id(0)
     length = tl.load(length_ptr + row)
     tl.store(allowed_ptr + row.to(tl.int64) * capacity + length, True, mask=length < capacity)
-    for pointer in (length_ptr, position_ptr, frame_ptr):
-        tl.store(pointer + row, tl.load(pointer + row) + 1)
+    tl.store(length_ptr + row, length + 1)
+    tl.store(position_ptr + row, tl.load(position_ptr + row) + 1)
+    tl.store(frame_ptr + row, tl.load(frame_ptr + row) + 1)
 
 
 def launch_finish(

@@ -12,19 +12,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from csm_kernels._target import device_facts, inline_ptx, interpreting, tl, triton
 from csm_kernels._tiles import tiles
 from csm_kernels.depth import phases
+from csm_kernels.depth.args import Pointers, Sizes, Tile
 from csm_kernels.depth.barrier import GRID, GRID_PTX, NO_SYNC, PDL
-from csm_kernels.depth.pack import Matrix, PackedDepth, PackedStack, Workspace
-from csm_kernels.depth.phases import Pointers, Sizes, Tile
+from csm_kernels.depth.pack import Matrix, PackedDepth, PackedStack, Workspace, evictions
 from csm_kernels.quant import QuantWeight, format_of
 from csm_kernels.sampling import WHOLE_VOCAB, NoiseKey, SamplingParams
 
 _PROCESSORS = 132  # of an H100, for launches that are only compiled or interpreted
+_CACHE = 50 * 2**20  # likewise
 _POLLS = 20_000_000
 """A barrier gives up after so many looks: a few seconds at 0.1 to 0.5 us a look."""
 _DRAW_WARPS = 8
@@ -91,7 +91,7 @@ def depth_kernel(
     target = programs
     for p in range(1, s.CODEBOOKS):
         rows = tl.where(p == 1, 2 * batch, batch)
-        if not s.FUSE_DRAW:
+        if not s.FUSE_DRAW:  # noqa: SIM102 one is a constant, the other a value
             if p > 1:
                 phases.draws(pid, programs, batch, p, trace, a, s, target, limit, SYNC)
                 target += programs
@@ -124,47 +124,55 @@ _STEP = ["batch", "rows", "p", "l", "trace"]
 
 @triton.jit(do_not_specialize=_STEP)
 def start_kernel(a, batch, p, s: tl.constexpr, T: tl.constexpr, SYNC: tl.constexpr):
-    """:func:`csm_kernels.depth.phases.start`, and so on."""
+    """The projection. These kernels are the phases of the same names, a launch each."""
     phases.start(tl.program_id(0), tl.num_programs(0), batch, p, a, s, T, 0, 0, SYNC)
 
 
 @triton.jit(do_not_specialize=_STEP)
 def draws_kernel(a, batch, p, trace, s: tl.constexpr, SYNC: tl.constexpr):
+    """The draw of one codebook."""
     phases.draws(tl.program_id(0), tl.num_programs(0), batch, p, trace, a, s, 0, 0, SYNC)
 
 
 @triton.jit(do_not_specialize=_STEP)
 def qkv_kernel(a, rows, batch, p, l, trace, s: tl.constexpr, T: tl.constexpr, SYNC: tl.constexpr):
+    """Norm, q, k and v."""
     phases.qkv(tl.program_id(0), tl.num_programs(0), rows, batch, p, l, trace, a, s, T, 0, 0, SYNC)
 
 
 @triton.jit(do_not_specialize=_STEP)
 def attend_kernel(a, rows, batch, p, l, s: tl.constexpr, SYNC: tl.constexpr):
+    """Attention."""
     phases.attend(tl.program_id(0), tl.num_programs(0), rows, batch, p, l, a, s, 0, 0, SYNC)
 
 
 @triton.jit(do_not_specialize=_STEP)
 def attend_project_kernel(a, rows, batch, p, l, s: tl.constexpr, T: tl.constexpr, SYNC: tl.constexpr):
+    """Attention and O."""
     phases.attend_project(tl.program_id(0), tl.num_programs(0), rows, batch, p, l, a, s, T, 0, 0, SYNC)
 
 
 @triton.jit(do_not_specialize=_STEP)
 def project_kernel(a, rows, batch, l, s: tl.constexpr, T: tl.constexpr, SYNC: tl.constexpr):
+    """O."""
     phases.project(tl.program_id(0), tl.num_programs(0), rows, batch, l, a, s, T, 0, 0, SYNC)
 
 
 @triton.jit(do_not_specialize=_STEP)
 def gate_up_kernel(a, rows, batch, l, s: tl.constexpr, T: tl.constexpr, SYNC: tl.constexpr):
+    """Norm, gate, up and SwiGLU."""
     phases.gate_up(tl.program_id(0), tl.num_programs(0), rows, batch, l, a, s, T, 0, 0, SYNC)
 
 
 @triton.jit(do_not_specialize=_STEP)
 def down_kernel(a, rows, batch, l, s: tl.constexpr, T: tl.constexpr, SYNC: tl.constexpr):
+    """Down."""
     phases.down(tl.program_id(0), tl.num_programs(0), rows, batch, l, a, s, T, 0, 0, SYNC)
 
 
 @triton.jit(do_not_specialize=_STEP)
 def head_kernel(a, batch, p, trace, s: tl.constexpr, T: tl.constexpr, SYNC: tl.constexpr):
+    """The last norm and a head."""
     phases.head(tl.program_id(0), tl.num_programs(0), batch, p, trace, a, s, T, 0, 0, SYNC)
 
 
@@ -181,7 +189,14 @@ class _Layout(NamedTuple):
 
 
 def _tile(
-    matrix: Matrix, height: int, width: int, segments: int, eviction: str, pairs: bool, at: _Layout, chosen: dict[str, int]
+    matrix: Matrix,
+    height: int,
+    width: int,
+    segments: int,
+    eviction: str,
+    pairs: bool,
+    at: _Layout,
+    chosen: dict[str, int],
 ) -> Tile:
     """Tile of one matrix; ``chosen`` is the table's or a test's word on ``BN``."""
     fmt = format_of(matrix)
@@ -217,9 +232,16 @@ def _tile(
 
 
 def _balanced(height: int, least: int, largest: int, programs: int) -> int:
-    """The largest tile among those that leave the busiest program the fewest rows."""
-    sizes = [least << i for i in range(8) if least << i <= largest]
-    return min(reversed(sizes), key=lambda size: size * triton.cdiv(triton.cdiv(height, size), programs))
+    """The largest tile that gives the busiest program at most a tenth more rows than the best choice would.
+
+    Two rows a tile are the fairest for CSM's gate and up, by 126 rows to 128, and leave a single load in flight.
+    """
+    busiest = {
+        size: size * triton.cdiv(triton.cdiv(height, size), programs)
+        for size in (least << i for i in range(8))
+        if size <= largest
+    }
+    return max(size for size, rows in busiest.items() if rows <= 1.1 * min(busiest.values()))
 
 
 def plan(
@@ -230,7 +252,6 @@ def plan(
     *,
     persistent: bool | None = None,
     programs: int | None = None,
-    evictions: dict[str, str] | None = None,
 ) -> Plan:
     """Tiles, grid and driver of a depth decoder or a backbone.
 
@@ -241,7 +262,6 @@ def plan(
         capacity: cached positions.
         persistent: the driver; None for what the tile table says was faster.
         programs: grid of the persistent kernel; None for one per processor.
-        evictions: matrix to what the cache should do with it, see :func:`csm_kernels.depth.pack.evictions`.
     """
     depth = packed if isinstance(packed, PackedDepth) else None
     stack = packed.stack if isinstance(packed, PackedDepth) else packed
@@ -257,7 +277,7 @@ def plan(
     warps = chosen.get("num_warps", 8 if persistent else 4)
     grid = programs or (facts.processors if facts is not None else _PROCESSORS)
     at = _Layout(batch, persistent, warps, grid)
-    keep = evictions or {}
+    keep = {} if depth is None else evictions(depth, facts.cache_bytes if facts is not None else _CACHE)
 
     def tile(name: str, matrix: Matrix, height: int, width: int, segments: int = 1) -> Tile:
         block = {"BN": chosen[f"BN_{name}"]} if f"BN_{name}" in chosen else {}
@@ -422,7 +442,19 @@ def launch_depth(p: Plan, a: Pointers, batch: int, trace: int = 0) -> None:
     a.sync.zero_()
     t = p.tiles
     depth_kernel[(p.programs,)](
-        a, batch, trace, _POLLS, p.sizes, t.projection, t.qkv, t.o, t.gate_up, t.down, t.heads, p.sync, **_cooperative(p)
+        a,
+        batch,
+        trace,
+        _POLLS,
+        p.sizes,
+        t.projection,
+        t.qkv,
+        t.o,
+        t.gate_up,
+        t.down,
+        t.heads,
+        p.sync,
+        **_cooperative(p),
     )
 
 
@@ -434,9 +466,7 @@ def launch_stack(p: Plan, a: Pointers, batch: int) -> None:
         return
     a.sync.zero_()
     t = p.tiles
-    stack_kernel[(p.programs,)](
-        a, batch, _POLLS, p.sizes, t.qkv, t.o, t.gate_up, t.down, p.sync, **_cooperative(p)
-    )
+    stack_kernel[(p.programs,)](a, batch, _POLLS, p.sizes, t.qkv, t.o, t.gate_up, t.down, p.sync, **_cooperative(p))
 
 
 def _cooperative(p: Plan) -> dict[str, Any]:

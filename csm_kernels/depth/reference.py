@@ -39,13 +39,16 @@ class StackReference:
         self.stream = self.qkv_out = self.attended = self.act = torch.zeros(batch, shape.width, device=device)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """A product in ``dtype``."""
         return linear(x.to(self.dtype), weight.to(self.dtype), None if bias is None else bias.to(self.dtype))
 
     def norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        """RMS norm in ``dtype``."""
         x = x.to(self.dtype)
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.stack.shape.eps) * weight.to(self.dtype)
 
     def qkv(self, l: int) -> None:
+        """Norm, q, k and v."""
         bias = self.stack.qkv_bias
         x = self.norm(self.stream, self.stack.input_norm[l])
         self.qkv_out = self.linear(x, one(self.stack.qkv, l), None if bias is None else bias[l])
@@ -76,20 +79,23 @@ class StackReference:
         self.attended = torch.einsum("rhc,rhcd->rhd", weights, values).reshape(rows, -1)
 
     def project(self, l: int) -> None:
+        """O, added to the stream."""
         bias = self.stack.o_bias
-        self.stream = self.stream + self.linear(self.attended, unpacked_o(self.stack, l), None if bias is None else bias[l])
+        self.stream = self.stream + self.linear(
+            self.attended, unpacked_o(self.stack, l), None if bias is None else bias[l]
+        )
 
     def gate_up(self, l: int) -> None:
+        """Norm, gate, up and SwiGLU."""
         bias = self.stack.gate_up_bias
         x = self.norm(self.stream, self.stack.post_norm[l])
         both = self.linear(x, one(self.stack.gate_up, l), None if bias is None else bias[l])
         self.act = (silu(both[:, 0::2]) * both[:, 1::2]).to(self.act_dtype)
 
     def down(self, l: int) -> None:
+        """Down, added to the stream."""
         bias = self.stack.down_bias
-        self.stream = self.stream + self.linear(
-            self.act, one(self.stack.down, l), None if bias is None else bias[l]
-        )
+        self.stream = self.stream + self.linear(self.act, one(self.stack.down, l), None if bias is None else bias[l])
 
     def layer(self, l: int, slot: Tensor, position: Tensor) -> None:
         """One layer."""
@@ -155,9 +161,7 @@ class DepthReference(StackReference):
 
     def head(self, p: int) -> None:
         """Logits of codebook ``p``."""
-        self.logits = self.linear(
-            self.norm(self.stream[-self.batch :], self.stack.norm), one(self.packed.heads, p - 1)
-        )
+        self.logits = self.linear(self.norm(self.stream[-self.batch :], self.stack.norm), one(self.packed.heads, p - 1))
 
     def draws(self, p: int) -> None:
         """Codebook ``p - 1``."""

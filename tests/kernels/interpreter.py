@@ -122,6 +122,8 @@ class Turns:
         self.failure: BaseException | None = None
         self._random = random.Random(seed)
         self._waiting = list(range(len(programs)))
+        self._looked: set[int] = set()
+        self._idle: set[int] = set()
         self._holder = -1
         self._turns = [threading.Semaphore(0) for _ in programs]
         self._threads: list[threading.Thread | None] = [None] * len(programs)
@@ -141,8 +143,23 @@ class Turns:
         if self.failure is not None:
             raise self.failure
 
+    def look(self) -> None:
+        """The holder is about to read an atomic: if it has seen what is there, others go on until somebody changes it."""
+        me = self._holder
+        if me in self._looked:
+            self._idle.add(me)
+        self.switch()
+        self._idle.discard(me)
+        self._looked.add(me)
+
+    def change(self) -> None:
+        """The holder has changed an atomic: whoever waits may look again."""
+        self._looked.clear()
+        self._idle.clear()
+        self.switch()
+
     def switch(self) -> None:
-        """The holder has done an atomic operation: a random program goes on, perhaps the same."""
+        """A random program goes on, perhaps the same."""
         self.switches += 1
         if self.switches > self.limit and self.failure is None:
             waiting = ", ".join(str(self.programs[i][0]) for i in self._waiting)
@@ -155,7 +172,7 @@ class Turns:
             raise _Unwind
 
     def _pass_on(self) -> int:
-        chosen = self._random.choice(self._waiting)
+        chosen = self._random.choice([i for i in self._waiting if i not in self._idle] or self._waiting)
         if self._threads[chosen] is None:
             context = contextvars.copy_context()  # numpy's error state lives there
             name = f"program {self.programs[chosen][0]}"
@@ -181,6 +198,7 @@ class Turns:
         except BaseException as error:
             self.failure = self.failure or error
         self._waiting.remove(me)
+        self._idle.discard(me)
         if self.failure is not None:  # those that have not started never do
             self._waiting = [i for i in self._waiting if self._threads[i] is not None]
         if self._waiting:
@@ -217,8 +235,8 @@ class Run:
 
 
 @contextlib.contextmanager
-def concurrent(seed: int, limit: int = 1_000_000) -> Iterator[Run]:
-    """Inside this block the programs of a launch run interleaved: after each atomic operation a random one goes on.
+def concurrent(seed: int, limit: int = 200_000) -> Iterator[Run]:
+    """Inside this block the programs of a launch run interleaved: at each atomic operation a random one goes on.
 
     Exactly one program runs at a time. The order is the same for the same seed, launches and arguments; every launch has
     an order of its own. Plain loads and stores are no turning points: a program that does no atomic operation runs in one
@@ -227,7 +245,7 @@ def concurrent(seed: int, limit: int = 1_000_000) -> Iterator[Run]:
 
     Args:
         seed: chooses the order.
-        limit: atomic operations after which a launch is taken for a deadlock.
+        limit: atomic operations after which a launch is taken for a deadlock; the default takes about a minute.
 
     Yields:
         The counts, per launch.
@@ -264,17 +282,23 @@ def concurrent(seed: int, limit: int = 1_000_000) -> Iterator[Run]:
                 raise error.__cause__ from None
             raise
 
-    def turning(stock: Callable[..., Any]) -> Callable[..., Any]:
-        def operation(self: Any, *args: Any, **kwargs: Any) -> Any:
-            result = stock(self, *args, **kwargs)
-            if active:
-                active[-1].switch()
-            return result
+    def rmw(self: Any, operation: Any, pointer: Any, value: Any, *rest: Any) -> Any:
+        looks = operation == interpreter._ir.ATOMIC_OP.ADD and not np.any(value.data)
+        if active and looks:
+            active[-1].look()
+        result = stock_rmw(self, operation, pointer, value, *rest)
+        if active and not looks:
+            active[-1].change()
+        return result
 
-        return operation
+    def cas(self: Any, *args: Any) -> Any:
+        result = stock_cas(self, *args)
+        if active:
+            active[-1].change()
+        return result
 
     executor.__call__ = call
-    builder.create_atomic_rmw, builder.create_atomic_cas = turning(stock_rmw), turning(stock_cas)
+    builder.create_atomic_rmw, builder.create_atomic_cas = rmw, cas
     try:
         yield run
     finally:

@@ -107,7 +107,7 @@ class _Launch:
 
 
 @contextlib.contextmanager
-def side_by_side(seed: int, limit: int = 1_000_000) -> Iterator[None]:
+def side_by_side(seed: int, limit: int = 200_000) -> Iterator[None]:
     """Inside this block ttsem runs the programs of a launch interleaved and knows acquire, release and grid barriers.
 
     A race is reported as always, by a ``KernelFault`` in the launching call, and whether two accesses race depends on the

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from csm_kernels.depth import make_workspace, plan
+from csm_kernels.depth.args import Pointers
 from csm_kernels.depth.frame import launch_advance, launch_finish
 from csm_kernels.depth.kernel import Plan, launch_stack, stack_pointers
 from csm_kernels.depth.pack import PackedStack, Workspace, poison
-from csm_kernels.depth.phases import Pointers
 from csm_kernels.depth.reference import StackReference
 from csm_kernels.testing import assert_close
 from kernels.depth_models import ODD, ONE_GROUP, TINY, backbone_model, few_programs, same
@@ -90,7 +90,9 @@ def run_reference(one: StackReference, slot: Tensor, position: Tensor) -> Tensor
 def test_one_step(
     persistent: bool, splits: int, shape: Any, dtype: torch.dtype, fmt: str | None, batch: int, device: torch.device
 ) -> None:
-    packed = moved(backbone_model(shape, dtype, {k: v for k, v in same(fmt).items() if k in ("attention", "mlp")}), device)
+    packed = moved(
+        backbone_model(shape, dtype, {k: v for k, v in same(fmt).items() if k in ("attention", "mlp")}), device
+    )
     b = made(packed, batch, splits, dtype, device, persistent=persistent, programs=1)
     truth, eager = reference(b, torch.float64), reference(b, dtype)
     slot, position = b.pointers.length.clone(), b.pointers.position.clone()
@@ -100,7 +102,9 @@ def test_one_step(
     assert_close(ours, exact, same_dtype.to(dtype), name="stream", terms=shape.width)
     rows = torch.arange(batch, device=device)
     for cache, attribute in ((b.pointers.k_cache, "keys"), (b.pointers.v_cache, "values")):
-        new, wanted, plain = (t[:, rows, :, slot] for t in (cache, getattr(truth, attribute), getattr(eager, attribute)))
+        new, wanted, plain = (
+            t[:, rows, :, slot] for t in (cache, getattr(truth, attribute), getattr(eager, attribute))
+        )
         assert_close(new, wanted, plain, name=attribute, terms=shape.width)
 
 
@@ -109,13 +113,11 @@ def test_drivers_and_splits_agree(device: torch.device) -> None:
     packed = moved(backbone_model(TINY, BF16), device)
     results = {}
     for splits in (1, 2, 8):
+        tiles = None
         for persistent in (True, False):
             b = made(packed, 2, splits, BF16, device, persistent=persistent, programs=1)
-            b = b._replace(plan=b.plan._replace(sizes=b.plan.sizes._replace(BC=8)))
-            if not persistent:
-                b = b._replace(plan=b.plan._replace(tiles=shared))
-            shared = b.plan.tiles
-            launch_stack(b.plan, b.pointers, 2)
+            sizes, tiles = b.plan.sizes._replace(BC=8), tiles or b.plan.tiles
+            launch_stack(b.plan._replace(sizes=sizes, tiles=tiles), b.pointers, 2)
             results[splits, persistent] = b.workspace.buffers.stream.clone()
     for splits in (1, 2, 8):
         assert torch.equal(results[splits, True], results[splits, False])

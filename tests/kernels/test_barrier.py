@@ -31,7 +31,7 @@ def run(programs: int, seed: int, limit: int = PLENTY, **broken: int) -> tuple[b
     """Whether an exchange was right; the counter, the error word and the atomic operations after it."""
     state = litmus.prepare(programs, 1, "cpu")
     truth = litmus.expected(state, ROUNDS)
-    with interpreter.concurrent(seed) as found:
+    with interpreter.concurrent(seed, limit=10_000) as found:
         values = litmus.exchange(state, ROUNDS, GRID, limit=limit, warps=1, **broken)
     (operations,) = found.switches
     return (torch.equal(values, truth), *state.sync.tolist(), operations)
@@ -73,7 +73,7 @@ def test_a_wait_that_is_too_short_is_caught(programs: int, short: int) -> None:
 @pytest.mark.parametrize("broken", [{"absent": 1}, {"short": -1}], ids=["absent", "one too many"])
 @pytest.mark.parametrize("programs", PROGRAMS)
 def test_a_grid_that_would_hang_ends(programs: int, broken: dict[str, int]) -> None:
-    for seed, limit in zip(SEEDS, itertools.cycle((1, 2, 7, 20))):
+    for seed, limit in zip(SEEDS[:8], itertools.cycle((1, 2, 7, 20))):
         _, counter, error, operations = run(programs, seed, limit, **broken)
         arrivals = (programs - ("absent" in broken)) * ROUNDS
         assert error == 1
@@ -85,14 +85,13 @@ def test_a_grid_that_would_hang_ends(programs: int, broken: dict[str, int]) -> N
 @interpreted
 @pytest.mark.parametrize("programs", PROGRAMS)
 def test_an_impatient_wait_says_so(programs: int) -> None:
-    """Nothing is wrong but the limit: somebody always looks first, and one look is too few."""
-    for seed in SEEDS:
+    """Nothing is wrong but the limit: one look is too few; after a vain look it takes a change to be asked again."""
+    for seed in SEEDS[:4]:
         _, counter, error, _ = run(programs, seed, limit=1)
         assert error == 1 and counter >= ABORTED
-    results = [run(programs, seed, limit=6) for seed in SEEDS]
-    assert all(error == (counter >= ABORTED) for _, counter, error, _ in results)
-    assert all(right for right, _, error, _ in results if not error)
-    assert {error for _, _, error, _ in results} == {0, 1}, "no limit between too low and high enough"
+    for seed in SEEDS:
+        right, counter, error, _ = run(programs, seed, limit=programs + 1)
+        assert right and error == 0 and counter < ABORTED
 
 
 @on_a_gpu

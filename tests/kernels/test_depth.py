@@ -10,9 +10,9 @@ from torch import Tensor
 
 from csm_kernels._target import interpreting
 from csm_kernels.depth import depth_decode, depth_logits, make_workspace, plan
+from csm_kernels.depth.args import Pointers
 from csm_kernels.depth.kernel import Plan, depth_launches, depth_pointers, launch_depth, run_launches
 from csm_kernels.depth.pack import PackedDepth, Workspace, poison
-from csm_kernels.depth.phases import Pointers
 from csm_kernels.depth.reference import DepthReference
 from csm_kernels.sampling import NoiseKey, SamplingParams
 from csm_kernels.testing import assert_close
@@ -112,7 +112,9 @@ def check_phase(name: str, step: Step, ours: int, references: list[DepthReferenc
             getattr(one, name)(l)
     if name == "draws":
         assert step.codes[:, p - 1].tolist() == references[0].codes[:, p - 1].tolist()
-    if name in ("start", "project", "down") or (name == "draws" and p < step.packed.codebooks and step.packed.table is not None):
+    if name in ("start", "project", "down") or (
+        name == "draws" and p < step.packed.codebooks and step.packed.table is not None
+    ):
         compare("stream", buffers.stream[:rows], "stream")
     if name == "qkv":
         compare("qkv", buffers.qkv[:rows], "qkv_out")
@@ -127,7 +129,9 @@ def check_phase(name: str, step: Step, ours: int, references: list[DepthReferenc
         for cache, attribute in ((step.workspace.keys, "keys"), (step.workspace.values, "values")):
             assert cache is not None
             truth, eager = (getattr(one, attribute)[l][:, :, slots] for one in references)
-            assert_close(cache[l][:, :, slots], truth, eager, name=f"{name}: {attribute}, pass {p}, layer {l}", terms=64)
+            assert_close(
+                cache[l][:, :, slots], truth, eager, name=f"{name}: {attribute}, pass {p}, layer {l}", terms=64
+            )
     if name == "gate_up":
         compare("act", buffers.act[:rows], "act")
     if name == "head":
@@ -160,9 +164,7 @@ def test_every_phase_with_several_programs(
         name, arguments = launch[0], launch[3]
         grids.append(launch[2])
         run_launches(step.plan._replace(sync=0), iter([launch]))
-        if name in ("start", "draws"):
-            p, l, rows = arguments[2], 0, batch
-        elif name == "head":
+        if name in ("start", "draws") or name == "head":
             p, l, rows = arguments[2], 0, batch
         else:
             rows = arguments[1]
@@ -217,7 +219,9 @@ def test_both_drivers_give_the_same_bits(
             steps.append(Step(packed, given, persistent=persistent, device=device))
         shared = steps[0].plan
         # Equal tiles, and slices of the tensor-core form, which the number of warps decides.
-        steps[-1].plan = steps[-1].plan._replace(tiles=shared.tiles, warps=shared.warps, sizes=steps[-1].plan.sizes._replace(BC=shared.sizes.BC))
+        steps[-1].plan = steps[-1].plan._replace(
+            tiles=shared.tiles, warps=shared.warps, sizes=steps[-1].plan.sizes._replace(BC=shared.sizes.BC)
+        )
         steps[-1].run()
     one, two = steps
     assert torch.equal(one.logits, two.logits)
@@ -265,7 +269,13 @@ def test_rows_depend_on_neither_slot_nor_batch(device: torch.device) -> None:
         order = [2, 0, 1]
 
         def rows(index: list[int]) -> tuple[Any, ...]:
-            return hidden[index], token[index], packed, type(params)(*(t[index] for t in params)), type(key)(*(t[index] for t in key))
+            return (
+                hidden[index],
+                token[index],
+                packed,
+                type(params)(*(t[index] for t in params)),
+                type(key)(*(t[index] for t in key)),
+            )
 
         turned = depth_decode(*rows(order))
         alone = [depth_decode(*rows([i]))[0].tolist() for i in range(3)]

@@ -15,7 +15,7 @@ from csm_kernels.depth.kernel import launch_stack
 from csm_kernels.depth.pack import poison
 from csm_kernels.depth.reference import DepthReference
 from kernels.depth_models import TINY, backbone_model, depth_model, few_programs, inputs, reference, same
-from kernels.interleaving import Deadlock, concurrent
+from kernels.interpreter import Deadlock, concurrent
 from kernels.test_backbone import made
 from kernels.test_depth import Step, moved
 
@@ -166,7 +166,7 @@ def test_a_wait_for_too_many_ends_with_the_error_word(weakened: Any, monkeypatch
 def test_a_hang_is_reported(weakened: Any) -> None:
     step = step_of()
     weakened("down", -1)
-    with pytest.raises(Deadlock, match="programs still running"), concurrent(0, limit=5000):
+    with pytest.raises(Deadlock, match="still running: programs"), concurrent(0, limit=5000):
         step.run()
 
 
