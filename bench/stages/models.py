@@ -10,8 +10,8 @@ from torch import Tensor
 
 from csm_kernels._target import interpreting
 from csm_kernels.depth import PackedDepth, PackedStack, Plan, StackShape, pack_depth, pack_stack
+from csm_kernels.depth.args import Pointers
 from csm_kernels.depth.kernel import launch_depth, launch_stack
-from csm_kernels.depth.phases import Pointers
 from csm_kernels.quant import QuantWeight
 from csm_kernels.sampling import NoiseKey, SamplingParams
 from csm_runtime.adapters.spec import ModelSpec, StackSpec
