@@ -240,7 +240,7 @@ def test_the_tile_table_is_merged_and_read(bench: Any, tmp_path: Path, monkeypat
     assert table == [{**new, "tiles": {"BN_qkv": 16, "PERSISTENT": 1}}, others[1], wider]
 
     monkeypatch.setattr(_tiles, "__file__", str(tmp_path / "_tiles.py"))
-    monkeypatch.setattr(_tiles, "device_facts", lambda index: Device("ours", 90, 132))
+    monkeypatch.setattr(_tiles, "device_facts", lambda index: Device("ours", 90, 132, 50 << 20))
     _tiles._table.cache_clear()
     try:
         launch: Any = SimpleNamespace(is_cuda=True, device=SimpleNamespace(index=7))
@@ -347,7 +347,9 @@ def figures(content: Any) -> Iterator[tuple[str, Any]]:
     for name, value in content.items() if isinstance(content, dict) else enumerate(content):
         if isinstance(value, (dict, list)):
             yield from figures(value)
-        elif str(name).endswith(("ms", "us_each", "gb_per_s", "share", "seconds", "real_time", "torch_sum")):
+        elif str(name) == "ms" or str(name).endswith(
+            ("_ms", "us_each", "gb_per_s", "share", "seconds", "real_time", "torch_sum")
+        ):
             yield str(name), value
 
 

@@ -111,7 +111,7 @@ def check_table(folder: Path) -> None:
     own, facts = _tiles.__file__, _tiles.device_facts
     try:
         _tiles.__file__ = str(folder.parent / "_tiles.py")
-        _tiles.device_facts = lambda index: Device("a rehearsal", 90, 132)
+        _tiles.device_facts = lambda index: Device("a rehearsal", 90, 132, 50 << 20)
         _tiles._table.cache_clear()
         launch = tuple(sorted({**sizes, "another size": 1}.items()))
         assert _tiles._measured.__wrapped__("depth", 0, launch) == {"PERSISTENT": 1}
