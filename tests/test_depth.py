@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -157,3 +160,10 @@ def test_bad_shapes_are_named() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             pack_depth(**{**good, **change})
+
+
+def test_the_example_runs() -> None:
+    example = Path(__file__).parent.parent / "examples" / "depth_decode.py"
+    out = subprocess.run([sys.executable, str(example)], capture_output=True, text=True, check=True, timeout=300).stdout
+    assert "codes [2, 32] on" in out
+    assert -7.6 < float(out.split()[-1]) < -3.0, "better than one of 2051 by chance, by what top-k leaves"
