@@ -207,14 +207,17 @@ def _tile(
     slices = min(at.warps, triton.next_power_of_2(triton.cdiv(stored, depth))) if dot else 1
     block_k = slices * depth if dot else min(triton.next_power_of_2(width), 2048)
     least = 16 if dot else 2 if pairs else 1
-    largest = at.warps * 32 * (32 if fmt == "float32" else 64) // block_k
-    if dot or not at.persistent:
-        largest = max(least, 2)
-    elif segments > 1 and not dot:  # a tile is rows of one segment
-        height, largest = segments * height, at.warps * 32 * 64 // triton.next_power_of_2(width // segments)
-    block_n = chosen.get("BN", _balanced(height, least, max(least, largest), at.programs))
+    tall = height
+    if segments > 1 and not dot:
+        # Behind the fused attention, which every tile repeats: a tile is rows of one segment, as many as registers hold.
+        tall, largest = segments * height, at.warps * 32 * 64 // triton.next_power_of_2(width // segments)
+    elif dot or not at.persistent:
+        largest = 2
+    else:
+        largest = at.warps * 32 * (32 if fmt == "float32" else 64) // block_k
+    block_n = chosen.get("BN", _balanced(tall, least, max(least, largest), at.programs))
     return Tile(
-        N=height // (segments if at.persistent and segments > 1 and not dot else 1),
+        N=height,
         K=width,
         STORED=stored,
         SEGMENTS=segments,
