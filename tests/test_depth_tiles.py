@@ -31,7 +31,8 @@ def test_a_persistent_program_keeps_bytes_in_flight_and_its_share_fair(kind: str
         assert asked >= 16, f"{name}: {asked} bytes a thread"
         busiest = tile.BN * -(-tile.tiles // PROCESSORS)
         assert busiest <= 1.15 * max(tile.N / PROCESSORS, 1) + 3, f"{name}: {busiest} of {tile.N} rows"
-    assert chosen.tiles.gate_up.BN * chosen.tiles.gate_up.BK == 64 * 32 * chosen.warps, "as much as registers hold"
+    held = chosen.tiles.gate_up.BN * chosen.tiles.gate_up.BK
+    assert held == 64 * 32 * chosen.warps, "as much as registers hold"
 
 
 @pytest.mark.parametrize("persistent", [True, False])
