@@ -242,7 +242,7 @@ class Acceleration:
 
     def _note_unfused(self, engine: Engine) -> None:
         if engine.unfused is not None:
-            note = f"frames run on PyTorch's own ops: the fused kernels cannot run {engine.unfused}"
+            note = f"frames run on PyTorch's own ops instead of the fused kernels: {engine.unfused}"
             if note not in self.notes:
                 self.notes.append(note)
                 logger.warning(note)

@@ -147,7 +147,7 @@ class Engine:
             raise ValueError(f"mode {mode!r} needs a CUDA device, the model is on {device}; use 'compile' or 'eager'")
         self.unfused = fused.why_not(spec, device) if mode in _FUSED else None
         if mode == "kernels" and self.unfused is not None:
-            raise ValueError(f"mode 'kernels' cannot run {self.unfused}; use 'auto'")
+            raise ValueError(f"mode 'kernels' runs the fused kernels, and {self.unfused}; use 'auto'")
         self.spec, self.dtype, self.device, self.capacity = spec, dtype, device, capacity
         self.mode = mode
         self.lag = 2 if mode in _CAPTURED else 0
@@ -191,7 +191,7 @@ class Engine:
         except (RuntimeError, ValueError) as error:  # out of memory above all
             if self.mode != "graph":
                 raise
-            self._fused, self.unfused = None, f"this model ({type(error).__name__}: {error})"
+            self._fused, self.unfused = None, f"packing the weights failed, {type(error).__name__}: {error}"
             return True
 
     def fused_bytes(self) -> int:

@@ -31,6 +31,8 @@ from csm_runtime.kv import State
 from csm_runtime.weights import Packed, Stack, fingerprints
 
 _MOST_SPLITS = 16
+_WIDEST_HEAD, _MOST_HEADS = 256, 64
+"""What the attention of one KV head holds in registers."""
 _H100_PROCESSORS = 132
 
 
@@ -44,16 +46,18 @@ class FusedWeights(NamedTuple):
 def why_not(spec: ModelSpec, device: torch.device) -> str | None:
     """What keeps a model from the fused kernels, or None."""
     if not has_triton():
-        return "kernels without Triton"
+        return "Triton is not installed"
     if device.type != "cuda" and not interpreting():
-        return f"kernels on {device}: they need CUDA"
+        return f"they need CUDA, the model is on {device}"
     if spec.codebooks < 2:
-        return "a model without a depth decoder"
+        return "the model has no codebook for a depth decoder"
     for name, stack in (("backbone", spec.backbone), ("depth decoder", spec.depth)):
-        if stack.head_dim > 256 or stack.heads // stack.kv_heads > 64:
-            return f"{name} with heads of {stack.head_dim}, {stack.heads // stack.kv_heads} to a KV head"
-        if max(stack.ffn * 2, stack.hidden) * max(stack.ffn, stack.hidden) >= 2**31:
-            return f"{name} with a matrix of 2^31 elements or more"
+        group = stack.heads // stack.kv_heads
+        if stack.head_dim > _WIDEST_HEAD or group > _MOST_HEADS:
+            wanted = f"at most {_WIDEST_HEAD} and {_MOST_HEADS}"
+            return f"the {name} has heads of {stack.head_dim} and {group} of them to a KV head, not {wanted}"
+        if max(2 * stack.ffn, stack.heads * stack.head_dim) * stack.hidden >= 2**31:
+            return f"the {name} has a matrix of 2^31 elements or more"
     return None
 
 

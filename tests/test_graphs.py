@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 import types
 from collections.abc import Callable, Iterator
@@ -10,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from csm_models import on_fast_path, stock, text_prompt
+from csm_models import build, on_fast_path, stock, text_prompt
 
-from csm_runtime import graphs
+from csm_runtime import accelerate, fused, graphs
 
 DEVICE = torch.device("cuda", 1)
 GREEDY = {"do_sample": False, "depth_decoder_do_sample": False}
@@ -378,3 +379,18 @@ def test_who_asks_for_kernels_is_told(fast: Any, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(engine, "_fused", Full())
     with pytest.raises(torch.OutOfMemoryError):
         engine.bind(engine.packed)
+
+
+def test_kernels_need_what_they_need(fast: Any) -> None:
+    spec, cpu, gpu = fast().acceleration._engine.spec, torch.device("cpu"), torch.device("cuda")
+    assert fused.why_not(spec, gpu) is None
+    assert "the model is on cpu" in str(fused.why_not(spec, cpu))
+    wide = dataclasses.replace(spec, depth=dataclasses.replace(spec.depth, head_dim=320))
+    assert "the depth decoder has heads of 320" in str(fused.why_not(wide, gpu))
+    huge = dataclasses.replace(spec, backbone=dataclasses.replace(spec.backbone, ffn=2**20, hidden=2**11))
+    assert "the backbone has a matrix of 2^31" in str(fused.why_not(huge, gpu))
+    assert "no codebook" in str(fused.why_not(dataclasses.replace(spec, codebooks=1), gpu))
+    with pytest.raises(ValueError, match="mode 'kernels' runs the fused kernels, and they need CUDA"):
+        accelerate(build("base"), mode="kernels", progress=False)
+    with pytest.raises(ValueError, match="mode 'library' needs a CUDA device"):
+        accelerate(build("base"), mode="library", progress=False)
