@@ -37,7 +37,7 @@ class Device(NamedTuple):
     """Compute capability, 90 for sm_90."""
     processors: int
     cache_bytes: int
-    """Of the second-level cache."""
+    """Of the second-level cache; 0 where torch does not say."""
 
 
 def has_triton() -> bool:
@@ -76,4 +76,5 @@ def runs_triton(*tensors: Tensor | None) -> bool:
 def device_facts(index: int) -> Device:
     """Facts about one CUDA device."""
     found = torch.cuda.get_device_properties(index)
-    return Device(found.name, found.major * 10 + found.minor, found.multi_processor_count, found.L2_cache_size)
+    cache = getattr(found, "L2_cache_size", 0)
+    return Device(found.name, found.major * 10 + found.minor, found.multi_processor_count, cache)
