@@ -325,6 +325,8 @@ class Engine:
             runner.frame = fused.FusedFrame(
                 self.spec, self._fused.weights, self._bound(), runner.state, params, runner.key
             )
+        if runner.frame is not None:
+            runner.frame.forget_faults()
         if self.mode in _CAPTURED and runner.graphs is None:
             runner.state.rewind()
 

@@ -13,7 +13,6 @@ from csm_kernels.depth import (
     PackedStack,
     Plan,
     StackShape,
-    depth_logits,
     make_workspace,
     pack_depth,
     pack_stack,
@@ -84,10 +83,6 @@ class FusedModel:
         """What the kernels read; :meth:`refresh` comes first."""
         assert self._weights is not None, "refresh() comes first"
         return self._weights
-
-    def forced_logits(self, hidden: Tensor, codes: Tensor) -> Tensor:
-        """Teacher-forced logits ``[N, n, V]`` of codebooks 1 to n from ``[N, D]`` and codes ``[N, n]``."""
-        return depth_logits(hidden, codes, self.weights.depth, codes.shape[1] + 1)
 
     def bytes(self) -> int:
         """Bytes of the packed copies."""
@@ -178,6 +173,11 @@ class FusedFrame:
         self._rstd = torch.zeros(rows, dtype=torch.float32, device=device)
         self._codebook = torch.zeros(1, dtype=torch.int64, device=device)
 
+    def forget_faults(self) -> None:
+        """Before a call: its first frame runs no backbone, whose error word would still be that of an earlier call."""
+        for workspace in (self._backbone, self.depth):
+            workspace.buffers.sync.zero_()
+
     def emit(self) -> None:
         """All codebooks of one frame, from ``state.hidden`` into ``state.codes``."""
         head, buffers = self._packed.backbone_head, self.depth.buffers
@@ -215,10 +215,6 @@ class FusedFrame:
         launch_stack(self._stack_plan, self._stack_args, state.rows)
         launch_forward(stream, None, packed.backbone.norm, self._spec.backbone.eps, state.hidden, None, self._rstd)
         launch_advance(state.allowed, state.length, state.position, state.frame)
-
-    def workspace_bytes(self) -> int:
-        """Bytes of this bucket's buffers."""
-        return self._backbone.whole.nbytes + self.depth.whole.nbytes + self._logits.nbytes
 
 
 def _splits(device: torch.device, rows: int, stack: StackSpec, capacity: int) -> int:

@@ -79,7 +79,7 @@ def noise_for(a, b, p, s: tl.constexpr):
 
 
 @triton.jit
-def drawn_token(noise, a, b, p, batch, trace, s: tl.constexpr):
+def drawn_token(noise, a, b, p, trace, s: tl.constexpr):
     """Codebook ``p - 1`` of one row, and whether its logits are healthy."""
     logits = a.logits + tl.cast(p - 2, tl.int64) * trace + b * s.V
     return draw(
@@ -105,7 +105,7 @@ def draws(pid, programs, batch, p, trace, a, s: tl.constexpr, target, limit, SYN
     for b in range(pid, batch, programs):
         if b != pid:
             noise = noise_for(a, b, p, s)
-        token, healthy = drawn_token(noise, a, b, p, batch, trace, s)
+        token, healthy = drawn_token(noise, a, b, p, trace, s)
         keep_token(token, healthy, a, b, p, s)
         if s.TABLE:  # noqa: SIM102 one is a constant, the other a value
             if p < s.CODEBOOKS:
@@ -130,7 +130,7 @@ def qkv(
             noise = noise_for(a, 0, p, s)
         wait(a.sync, target, limit, SYNC)
         if draws_here:
-            token, healthy = drawn_token(noise, a, 0, p, batch, trace, s)
+            token, healthy = drawn_token(noise, a, 0, p, trace, s)
             picked = ((p - 1) * s.V + token).to(tl.int32)
             if pid == 0:
                 keep_token(token, healthy, a, 0, p, s)

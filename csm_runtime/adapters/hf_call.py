@@ -199,11 +199,6 @@ def fill_cache(cache: Any, layers: Iterable[tuple[Tensor, Tensor]]) -> None:
         cache.update(keys, values, index)
 
 
-def is_end(codes: Tensor, request: Request) -> Tensor:
-    """The stock end-of-speech rule, ``[N]`` bool from ``[N, codebooks]``: all codebooks but the last are the EOS id."""
-    return (codes[:, :-1] == request.eos_token).all(-1)
-
-
 def output(request: Request, sequences: Tensor) -> Any:
     """What the stock loop would have returned."""
     from transformers.generation.utils import GenerateDecoderOnlyOutput

@@ -16,7 +16,7 @@ from csm_models import (
     text_prompt,
 )
 
-from csm_kernels.depth import kernel
+from csm_kernels.depth import depth_logits, kernel
 from csm_kernels.testing import sqnr_db
 from csm_runtime import accelerate
 from csm_runtime.adapters.hf_passes import Passes
@@ -105,7 +105,7 @@ def test_lower_precision_is_near_the_truth(precision: str, device: torch.device)
     hidden = torch.randn(5, model.config.hidden_size, device=device)
     codes = torch.randint(model.config.vocab_size, (5, model.config.num_codebooks - 1), device=device)
     engine = model.acceleration._engine
-    ours = engine._fused.forced_logits(hidden, codes)
+    ours = depth_logits(hidden, codes, engine._fused.weights.depth)
     theirs = Passes(twin, False, Metrics()).codebook_logits(hidden, codes)
     assert sqnr_db(ours.detach(), theirs.detach()) > 20
 
@@ -171,6 +171,17 @@ def test_a_barrier_that_times_out_goes_on_with_the_stock_model(
     seen = model.acceleration.metrics.snapshot()
     assert seen["stock_reasons"] == {"a fault of the fast path": 1}
     assert seen["faults"] == {"RuntimeError: a grid barrier of the fused decode kernel timed out": 1}
+
+
+def test_a_barrier_that_timed_out_concerns_no_later_call(device: torch.device) -> None:
+    """A call's first frame runs no backbone: the error word an earlier call left there is not its own."""
+    model = fused(build("base").to(device))
+    prompt = {key: value.to(device) for key, value in text_prompt((6,)).items()}
+    model.acceleration._engine.runner(1).frame._backbone.buffers.sync[1] = 1
+    wanted = stock(model, **prompt, **GREEDY, max_new_tokens=2)
+    with on_fast_path(model):
+        got = model.generate(**prompt, **GREEDY, max_new_tokens=2)
+    assert torch.equal(got, wanted)
 
 
 def test_restore_and_report(device: torch.device) -> None:
