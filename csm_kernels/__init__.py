@@ -8,7 +8,9 @@ installed, Triton; it starts no CUDA context and compiles nothing.
 from csm_kernels._version import __version__
 from csm_kernels.attention import attention_step
 from csm_kernels.embed import embed_frame
+from csm_kernels.frames import FrameSample, sample_frames
 from csm_kernels.gemv import gemv, gemv_swiglu
+from csm_kernels.loss import CodebookLoss, fused_codebook_linear_cross_entropy
 from csm_kernels.norm import add_rms_norm, rms_norm
 from csm_kernels.quant import QuantWeight, dequantize, quantize
 from csm_kernels.rope import apply_rope
@@ -17,6 +19,8 @@ from csm_kernels.sampling import NoiseKey, SamplingParams, sample
 from csm_kernels.swiglu import swiglu
 
 __all__ = [
+    "CodebookLoss",
+    "FrameSample",
     "NoiseKey",
     "QuantWeight",
     "SamplingParams",
@@ -26,11 +30,13 @@ __all__ = [
     "attention_step",
     "dequantize",
     "embed_frame",
+    "fused_codebook_linear_cross_entropy",
     "gemv",
     "gemv_swiglu",
     "quantize",
     "rms_norm",
     "rvq_decode",
     "sample",
+    "sample_frames",
     "swiglu",
 ]

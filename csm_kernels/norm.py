@@ -169,8 +169,8 @@ def _norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     _checked(x, weight)
     if not runs_triton(x, weight):
         wide = x.float()
-        rstd = torch.rsqrt((wide * wide).mean(-1) + eps).flatten()
-        return rms_norm_ref(x, weight, eps).to(x.dtype).contiguous(), rstd
+        rstd = torch.rsqrt((wide * wide).mean(-1, keepdim=True) + eps)
+        return (wide * rstd).mul_(weight.float()).to(x.dtype).contiguous(), rstd.flatten()
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rstd = torch.empty(x.shape[:-1].numel(), dtype=torch.float32, device=x.device)
     launch_forward(x, None, weight.contiguous(), eps, out, None, rstd)

@@ -22,6 +22,7 @@ from csm_runtime.engine import BUCKETS, Engine, bucket_for
 from csm_runtime.metrics import Metrics
 from csm_runtime.precision import PrecisionPolicy, resolve_policy
 from csm_runtime.report import Report
+from csm_runtime.training import CsmTrainingConfig, accelerate_training
 from csm_runtime.weights import PackedWeights, matrices, zone_table
 
 logger = logging.getLogger("csm_runtime")
@@ -42,6 +43,7 @@ def accelerate(
     mode: str = "auto",
     drop_originals: bool = False,
     progress: bool = True,
+    training: bool | CsmTrainingConfig = False,
 ) -> Any:
     """Make ``model.generate`` fast, in place; everything else of the model stays as it is.
 
@@ -61,6 +63,8 @@ def accelerate(
         drop_originals: free the stock copies of matrices that are stored in int8. The stock modules then compute from
             the int8 copies; ``restore()`` and saving the model are no longer possible.
         progress: show progress bars on stderr.
+        training: True or a :class:`~csm_runtime.training.CsmTrainingConfig` makes ``model(labels=...).loss`` fast instead,
+            and none of the other arguments applies: see :func:`csm_runtime.training.accelerate_training`.
 
     Returns:
         The same object. ``model.acceleration`` is the handle: ``report()``, ``metrics``, ``restore()``.
@@ -75,6 +79,8 @@ def accelerate(
         model = accelerate(CsmForConditionalGeneration.from_pretrained("sesame/csm-1b"))
         audio = model.generate(**inputs, output_audio=True)
     """
+    if training is not False:
+        return accelerate_training(model, training)
     if not hf.matches(model):
         raise TypeError(
             f"model must be transformers' CsmForConditionalGeneration, got {type(model).__module__}."

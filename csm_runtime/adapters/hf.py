@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from csm_kernels.quant import QuantWeight, dequantize
+from csm_runtime.adapters import hf_training
 from csm_runtime.adapters.spec import (
     LayerWeights,
     LinearWeights,
@@ -223,7 +224,10 @@ def modification(model: Any) -> str | None:
     ):
         return "generate() is overridden"
     for name in _OVERRIDABLE:
-        if name in model.__dict__ or getattr(type(model), name) is not getattr(stock.CsmForConditionalGeneration, name):
+        own = model.__dict__.get(name)
+        if (own is not None and not hf_training.is_ours(own)) or getattr(type(model), name) is not getattr(
+            stock.CsmForConditionalGeneration, name
+        ):
             return f"{name}() is overridden"
     known = (
         nn.Linear,
@@ -248,7 +252,7 @@ def modification(model: Any) -> str | None:
                 return f"{name} is a {type(module).__name__}"
             if _foreign_hooks(module):
                 return f"{name} has forward hooks"
-            if "forward" in module.__dict__ and not dropped:
+            if "forward" in module.__dict__ and not dropped and not hf_training.is_ours(module.__dict__["forward"]):
                 return f"{name}.forward is overridden"
             devices |= {weight.device for weight in module.parameters(recurse=False) if not dropped}
     if len(devices) > 1:
