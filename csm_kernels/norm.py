@@ -194,13 +194,16 @@ def _norm_backward(
     x: Tensor, weight: Tensor, rstd: Tensor, grad: Tensor, sum_grad: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     if not runs_triton(x, weight, grad):
+        # In place where it can be: on a CPU large new tensors cost more than the sums.
         scale = rstd.view(x.shape[:-1])[..., None]
-        unit, wide = x.float() * scale, grad.float()
-        scaled = wide * weight.float()
-        x_grad = scale * (scaled - unit * (scaled * unit).mean(-1, keepdim=True))
+        unit, wide, factor = x.float() * scale, grad.float(), weight.float()
+        both = wide * unit
+        weight_grad = both.reshape(-1, x.shape[-1]).sum(0)
+        mean = (both @ factor)[..., None] / max(1, x.shape[-1])
+        del both
+        x_grad = unit.mul_(-mean).addcmul_(wide, factor).mul_(scale)
         if sum_grad is not None:
-            x_grad = x_grad + sum_grad.float()
-        weight_grad = (wide * unit).reshape(-1, x.shape[-1]).sum(0)
+            x_grad.add_(sum_grad)
         return x_grad.to(x.dtype).contiguous(), weight_grad.to(weight.dtype)
     x_grad = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if sum_grad is not None:

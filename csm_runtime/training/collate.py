@@ -173,7 +173,7 @@ class CsmDataCollator:
                 f"{name}['codes'] must be integers [frames, {books}], got {codes.dtype} {tuple(codes.shape)}"
             )
         vocab = min(self._model.vocab_size, self._model.depth_decoder_config.vocab_size)
-        if codes.numel() and not (0 <= int(codes.min()) and int(codes.max()) < vocab):
+        if codes.numel() and not (int(codes.min()) >= 0 and int(codes.max()) < vocab):
             raise ValueError(
                 f"{name}['codes'] must be from 0 to {vocab - 1}, got values from {int(codes.min())} to {int(codes.max())}"
             )
