@@ -20,7 +20,7 @@ _SIGN = 1 << 63
 class FrameSample(NamedTuple):
     """Rows of a flattened ``[B, S]`` and what each stands for."""
 
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # the field's name, which tuple's method has too
     """``[M]`` int64 into ``B * S``; 0 where the row is empty."""
     weight: Tensor
     """``[M]`` fp32, one over the chance the frame had of being drawn; 0 where the row is empty."""

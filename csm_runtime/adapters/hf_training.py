@@ -24,6 +24,10 @@ IGNORED = -100
 BACKBONE_ONLY = -101
 HANDLE = "training_acceleration"
 
+stock: Any = None
+"""transformers' ``modeling_csm``, imported by :func:`install`: an import inside a forward breaks a compiled graph."""
+
+
 
 Changes = list[tuple[nn.Module, Any]]
 """Modules, and what stood on them as their ``forward`` before; None for nothing."""
@@ -31,13 +35,14 @@ Changes = list[tuple[nn.Module, Any]]
 
 def install(model: Any, fused_layers: bool) -> Changes:
     """Put the functions below on a model's modules."""
-    stock = _stock()
+    global stock  # noqa: PLW0603
+    from transformers.models.csm import modeling_csm as stock
     kinds: dict[type, Callable[..., Any]] = {}
     if fused_layers:
         kinds = {stock.CsmRMSNorm: _norm_forward, stock.CsmMLP: _mlp_forward, stock.CsmAttention: _attention_forward}
     changed: Changes = []
 
-    def put(module: nn.Module, function: Callable[..., Any]) -> None:
+    def put(module: Any, function: Callable[..., Any]) -> None:
         changed.append((module, module.__dict__.get("forward")))
         module.__dict__["forward"] = types.MethodType(function, module)
 
@@ -47,9 +52,10 @@ def install(model: Any, fused_layers: bool) -> Changes:
                 if isinstance(module, kind) and "forward" not in module.__dict__:
                     put(module, function)
     put(model.depth_decoder, _depth_forward)
-    for head, function in ((model.lm_head, _linear_head_forward), (model.depth_decoder.codebooks_head, _head_forward)):
-        if _takes_targets(head):
-            put(head, function)
+    if _takes_targets(model.lm_head):
+        put(model.lm_head, _linear_head_forward)
+    if _takes_targets(model.depth_decoder.codebooks_head):
+        put(model.depth_decoder.codebooks_head, _head_forward)
     put(model, _forward)
     return changed
 
@@ -68,14 +74,8 @@ def is_ours(forward: Any) -> bool:
     return getattr(forward, "__func__", None) in _OURS
 
 
-def _stock() -> Any:
-    from transformers.models.csm import modeling_csm
-
-    return modeling_csm
-
-
 def _takes_targets(head: nn.Module) -> bool:
-    return isinstance(head, (nn.Linear, _stock().CsmCodebooksHead)) and getattr(head, "bias", None) is None
+    return isinstance(head, (nn.Linear, stock.CsmCodebooksHead)) and getattr(head, "bias", None) is None
 
 
 # --------------------------------------------------------------------------------------------------------- the model
@@ -155,7 +155,7 @@ def _forward(
         num_depth_targets = ((targets[..., 1:] != IGNORED) & frames[..., None]).sum()
     depth_loss = depth_sum * _share(num_ranks, num_depth_targets)
 
-    output = _stock().CsmOutputWithPast(
+    output = stock.CsmOutputWithPast(
         loss=config.backbone_loss_weight * backbone_loss + config.depth_loss_weight * depth_loss,
         backbone_loss=backbone_loss,
         depth_decoder_loss=depth_loss,
@@ -237,8 +237,9 @@ def _audio_embeddings(model: Any, codes: Tensor) -> Tensor:
     """Sum of the embeddings of a frame's codes, without one tensor of them all where the module is the stock one."""
     module = model.backbone_model.embed_tokens
     table = getattr(module, "embed_audio_tokens", None)
-    plain = type(module) is _stock().CsmBackboneModelEmbeddings and type(table) is nn.Embedding
-    if not plain or module._forward_hooks or table._forward_hooks or table._forward_pre_hooks:
+    if type(module) is not stock.CsmBackboneModelEmbeddings or type(table) is not nn.Embedding:
+        return module(codes)
+    if module._forward_hooks or module._forward_pre_hooks or table._forward_hooks or table._forward_pre_hooks:
         return module(codes)
     places = (codes + module.audio_tokens_offsets).flatten(0, -2)
     return functional.embedding_bag(places, table.weight, mode="sum").view(*codes.shape[:-1], -1)
@@ -410,7 +411,6 @@ def _rotated_attention(
     past_key_values: Any,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    stock = _stock()
     batch, tokens = hidden_states.shape[:-1]
     cos, sin = (table.expand(batch, tokens, -1).reshape(batch * tokens, -1).float() for table in position_embeddings)
     place = torch.arange(batch * tokens, device=hidden_states.device).view(batch, tokens)
