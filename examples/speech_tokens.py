@@ -220,7 +220,9 @@ def main() -> None:
     codes, truth = tokens.encode(clip.samples), log_mel(clip.samples)
     for books in range(CODEBOOKS + 1):
         error = (tokens.decode_log_mel(codes, books) - truth).square().mean().sqrt()
-        print(f"{books} codebooks: rms error of the log-mel {error:.2f}, {10 / torch.tensor(10.0).log() * error:.1f} dB")
+        print(
+            f"{books} codebooks: rms error of the log-mel {error:.2f}, {10 / torch.tensor(10.0).log() * error:.1f} dB"
+        )
     tokens.save(out / "tokens.safetensors")
     soundfile.write(out / "original.wav", clip.samples.numpy(), SAMPLING_RATE)
     soundfile.write(out / "from_tokens.wav", tokens.decode(codes).clamp(-1, 1).numpy(), SAMPLING_RATE)
