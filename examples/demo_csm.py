@@ -125,7 +125,12 @@ def codebook_nll(model: Any, example: Example) -> Tensor:
     states = model.backbone_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
     states = states[0, prompt.shape[1] - 1 : -1]  # a frame is predicted from the position before it
     fed = functional.pad(codes[0, :, :-1], (1, 0))
-    rest = model.depth_decoder(input_ids=fed, backbone_last_hidden_state=states, use_cache=False).logits
+    rest = model.depth_decoder(
+        input_ids=fed,
+        backbone_last_hidden_state=states,
+        attention_mask=torch.ones_like(fed),  # without it transformers 5.17 fails on a single frame
+        use_cache=False,
+    ).logits
     logits = torch.cat([model.lm_head(states)[:, None], rest], dim=1).float()
     return functional.cross_entropy(logits.transpose(1, 2), codes[0], reduction="none")
 

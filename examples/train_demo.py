@@ -237,8 +237,10 @@ def draw_curves(path: Path, log: Sequence[dict[str, Any]], backbone: float, dept
     titles = {"backbone": "codebook 0 (backbone)", "depth": "codebooks 1 to 7 (depth decoder)"}
     for axis, (part, title), unigram in zip(axes, titles.items(), (backbone, depth)):
         steps = [record["step"] for record in log]
-        axis.plot(steps, [record["train"][part] for record in log], label="training, mean since the last point")
-        axis.plot(steps, [record["held_out"][part] for record in log], label="held out, all frames")
+        axis.plot(
+            steps, [record["train"][part] for record in log], marker=".", label="training, mean since the last point"
+        )
+        axis.plot(steps, [record["held_out"][part] for record in log], marker=".", label="held out, all frames")
         axis.axhline(unigram, color="gray", linestyle="--", label="token frequencies alone")
         axis.set(title=title, xlabel="step", ylabel="loss, nats per token")
         axis.legend()
