@@ -28,7 +28,6 @@ stock: Any = None
 """transformers' ``modeling_csm``, imported by :func:`install`: an import inside a forward breaks a compiled graph."""
 
 
-
 Changes = list[tuple[nn.Module, Any]]
 """Modules, and what stood on them as their ``forward`` before; None for nothing."""
 
@@ -37,6 +36,7 @@ def install(model: Any, fused_layers: bool) -> Changes:
     """Put the functions below on a model's modules."""
     global stock  # noqa: PLW0603
     from transformers.models.csm import modeling_csm as stock
+
     kinds: dict[type, Callable[..., Any]] = {}
     if fused_layers:
         kinds = {stock.CsmRMSNorm: _norm_forward, stock.CsmMLP: _mlp_forward, stock.CsmAttention: _attention_forward}
@@ -76,6 +76,37 @@ def is_ours(forward: Any) -> bool:
 
 def _takes_targets(head: nn.Module) -> bool:
     return isinstance(head, (nn.Linear, stock.CsmCodebooksHead)) and getattr(head, "bias", None) is None
+
+
+class _NoCache:
+    """Stands where a KV cache could and keeps nothing.
+
+    Without any cache the stock modules look for packed sequences in the positions: a wait for the device in eager mode, a
+    full mask instead of causal attention in a compiled graph, and an IndexError where a depth decoder's batch has as many
+    rows as there are codebooks (transformers 5.17).
+    """
+
+    is_compileable = False
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return query_length, 0
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        return keys, values
+
+
+_NO_CACHE = _NoCache()
+
+
+def _no_cache(module: Any) -> _NoCache | None:
+    """The cache to pass; None where the layers are checkpointed, which warn of any."""
+    return None if module.training and module.is_gradient_checkpointing else _NO_CACHE
 
 
 # --------------------------------------------------------------------------------------------------------- the model
@@ -133,6 +164,8 @@ def _forward(
     inputs_embeds, targets, ends = _prepared(
         self, input_ids, input_values, input_values_cutoffs, inputs_embeds, labels, audio_codes
     )
+    if past_key_values is None and not use_cache:
+        past_key_values = _no_cache(self.backbone_model)
     outputs = self.backbone_model(
         inputs_embeds=inputs_embeds,
         attention_mask=attention_mask,
@@ -159,7 +192,7 @@ def _forward(
         loss=config.backbone_loss_weight * backbone_loss + config.depth_loss_weight * depth_loss,
         backbone_loss=backbone_loss,
         depth_decoder_loss=depth_loss,
-        past_key_values=outputs.past_key_values,
+        past_key_values=None if past_key_values is _NO_CACHE else outputs.past_key_values,
         hidden_states=outputs.hidden_states,
         attentions=outputs.attentions,
     )
@@ -283,7 +316,15 @@ def _depth_loss(
 
 def _depth_forward(
     self: Any,
-    *args: Any,
+    input_ids: Tensor | None = None,
+    backbone_last_hidden_state: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    past_key_values: Any = None,
+    inputs_embeds: Tensor | None = None,
+    labels: Tensor | None = None,
+    use_cache: bool | None = None,
+    logits_to_keep: int | Tensor = 0,
     frame_targets: Tensor | None = None,
     row_weight: Tensor | None = None,
     z_loss: float = 0.0,
@@ -291,12 +332,28 @@ def _depth_forward(
 ) -> Any:
     """With ``frame_targets`` ``[M, K]``, and ``backbone_last_hidden_state`` ``[M, D]``, the sum of the loss; else stock."""
     if frame_targets is None:
-        return type(self).forward(self, *args, **kwargs)
+        return type(self).forward(
+            self,
+            input_ids=input_ids,
+            backbone_last_hidden_state=backbone_last_hidden_state,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
     fed = torch.where(frame_targets == IGNORED, 0, frame_targets)[:, :-1]
     offsets = torch.arange(fed.shape[1], device=fed.device) * self.vocab_size
     embeds = self.model.embed_tokens(fed + offsets)
-    state = kwargs["backbone_last_hidden_state"].to(embeds.dtype)
-    hidden = self.model(inputs_embeds=torch.cat([state[:, None], embeds], dim=1), use_cache=False)[0]
+    assert backbone_last_hidden_state is not None
+    x = torch.cat([backbone_last_hidden_state.to(embeds.dtype)[:, None], embeds], dim=1)
+    rows, cache = len(x), _no_cache(self.model)
+    if cache is None and rows == x.shape[1]:
+        x = functional.pad(x, (0, 0, 0, 0, 0, 1))  # see _NoCache: any other number of rows will do
+    hidden = self.model(inputs_embeds=x, past_key_values=cache, use_cache=False)[0][:rows]
     return _head_loss(self.codebooks_head, hidden[:, 1:], frame_targets[:, 1:], row_weight, z_loss)
 
 
