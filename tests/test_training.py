@@ -657,6 +657,26 @@ def test_lora(pair: tuple[Any, Any], name: str, first: str) -> None:
         torch.testing.assert_close(mine[key], grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["base", "biases", "llama3"])
+def test_attention_with_our_rotation_is_stocks(name: str) -> None:
+    """What stands in for the stock attention on CUDA, called on a CPU: output and gradients, with a mask and without."""
+    from csm_runtime.adapters import hf_training
+
+    model = build(name).train()
+    accelerate(model, training=ALL).training_acceleration.restore()
+    module = model.backbone_model.layers[1].self_attn
+    x = torch.randn(2, 7, 32, requires_grad=True)
+    tables = model.backbone_model.rotary_emb(x, torch.arange(7)[None])
+    for mask in (None, torch.randn(2, 1, 7, 7)):
+        found, _ = hf_training._rotated_attention(module, x, tables, mask, None)
+        theirs, _ = module(x, position_embeddings=tables, attention_mask=mask)
+        torch.testing.assert_close(found, theirs, rtol=1e-5, atol=1e-5)
+        weights = [x, module.q_proj.weight, module.k_proj.weight]
+        mine, others = (torch.autograd.grad(out.square().sum(), weights) for out in (found, theirs))
+        for a, b in zip(mine, others):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
 def test_restore_leaves_nothing(pair: tuple[Any, Any]) -> None:
     model, ours = pair
     handle = ours.training_acceleration
@@ -733,7 +753,7 @@ def trainer_runs(tmp_path: Any) -> Iterator[Callable[..., dict[str, Tensor]]]:
     pytest.importorskip("accelerate")
     from transformers import TrainingArguments
 
-    from csm_runtime.adapters.hf_trainer import csm_trainer
+    from csm_runtime.training import csm_trainer
 
     def run(kind: str) -> dict[str, Tensor]:
         model = build().train()
@@ -777,9 +797,10 @@ def trainer_runs(tmp_path: Any) -> Iterator[Callable[..., dict[str, Tensor]]]:
     yield run
 
 
-def test_trainer_is_not_fooled_by_its_count(trainer_runs: Callable[..., dict[str, Tensor]]) -> None:
-    """Micro-batches of 31, 4, 13 and 8 frames; the thin adapter trains as a loop by hand does."""
-    wanted, found = trainer_runs("by hand"), trainer_runs("csm_trainer")
+@pytest.mark.parametrize("kind", ["csm_trainer", "Trainer"])
+def test_trainer_is_not_fooled_by_its_count(trainer_runs: Callable[..., dict[str, Tensor]], kind: str) -> None:
+    """Micro-batches of 31, 4, 13 and 8 frames; the thin adapter, and Trainer itself, train as a loop by hand does."""
+    wanted, found = trainer_runs("by hand"), trainer_runs(kind)
     moved = build().depth_decoder.codebooks_head.weight
     assert float((wanted["depth_decoder.codebooks_head.weight"] - moved).abs().max()) > 1e-4
     for name, weight in wanted.items():

@@ -156,8 +156,10 @@ def _forward(
     config = handle.config
     return_dict = kwargs.pop("return_dict", None)
     trainer_count = kwargs.pop("num_items_in_batch", None)
-    if trainer_count is not None and num_backbone_targets is None and labels is not None:
-        # What Trainer counts are labels[..., 1:]: frames where labels are [B, S], the depth decoder's targets otherwise.
+    if trainer_count is not None and labels is not None:
+        # What Trainer counts over the step are labels[..., 1:]: frames where labels are [B, S], the depth decoder's targets
+        # where they are [B, S, K]. It makes up for the ranks itself.
+        num_ranks = 1
         per_frame = self.config.num_codebooks - 1
         num_backbone_targets = trainer_count if labels.ndim == 2 else trainer_count / per_frame
         num_depth_targets = trainer_count * per_frame if labels.ndim == 2 else trainer_count

@@ -20,8 +20,9 @@ def accelerate_training(model: Any, config: CsmTrainingConfig | bool = True) -> 
         config: how to train; True is the default config, 1/16 of the frames.
 
     Returns:
-        The same object, its codec frozen, which no loss reaches. ``model.training_acceleration`` is the handle. Without labels, in ``generate`` and after
-        ``model.training_acceleration.restore()`` it computes what it did before. In eval mode labels mean all frames.
+        The same object, its codec frozen, which no loss reaches. ``model.training_acceleration`` is the handle. Without
+        labels, in ``generate`` and after ``model.training_acceleration.restore()`` it computes what it did before. In eval
+        mode labels mean all frames.
 
     Raises:
         TypeError: the model is not a CSM, or the config is of another type.
