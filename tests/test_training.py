@@ -420,6 +420,22 @@ def test_frames_for_the_backbone_only(pair: tuple[Any, Any]) -> None:
     torch.testing.assert_close(some.depth_decoder_loss, ours(**expected).depth_decoder_loss)
 
 
+def test_two_samples_of_the_frames_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    """The stock processor's ratio and ours: the frames of the first sample would never change."""
+    from csm_runtime.adapters import hf_training
+
+    hf_training._warn_of_two_samples.cache_clear()
+    model = build().train()
+    sound = audio_prompt(model, [[SOUND * 8]])
+    ids = sound["input_ids"]
+    labels = torch.where(ids == AUDIO, -101, -100)
+    accelerate(model, training=ALL)(**sound, labels=labels)
+    assert "depth_decoder_labels_ratio" not in caplog.text
+    for _ in range(2):
+        accelerate(model, training=True)(**sound, labels=labels)
+    assert caplog.text.count("depth_decoder_labels_ratio") == 1
+
+
 def test_context_turns_can_be_left_out_of_the_loss(pair: tuple[Any, Any]) -> None:
     """Stock labels all audio, whatever the caller's -100 said."""
     model, ours = pair

@@ -6,6 +6,8 @@ checkpointing) work as on any module. A call without labels is the stock one.
 
 from __future__ import annotations
 
+import functools
+import logging
 import types
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +21,8 @@ from csm_kernels.loss import fused_codebook_linear_cross_entropy
 from csm_kernels.norm import rms_norm, rms_norm_ref
 from csm_kernels.rope import apply_rope
 from csm_kernels.swiglu import swiglu, swiglu_linear, swiglu_ref
+
+logger = logging.getLogger("csm_runtime")
 
 IGNORED = -100
 BACKBONE_ONLY = -101
@@ -255,9 +259,21 @@ def _prepared(
             )
         silent = labels.new_zeros(*labels.shape, books)
         return model.embed_text_tokens(input_ids), _labelled(silent, labels), ends
+    fraction = model.__dict__[HANDLE].config.depth_fraction
+    if fraction < 1.0 and bool((labels == BACKBONE_ONLY).any()):
+        _warn_of_two_samples(fraction)
     marks = torch.where(sounds | ends, input_ids, IGNORED)  # stock fills in the codes of all audio, context included
     merged = model._merge_input_ids_with_input_values(input_ids, input_values, cutoffs, marks)
     return merged["inputs_embeds"], _labelled(merged["labels"], labels), ends
+
+
+@functools.cache
+def _warn_of_two_samples(fraction: float) -> None:
+    logger.warning(
+        "labels leave frames out already (-101, the processor's depth_decoder_labels_ratio) and of the others a fraction of %g "
+        "is drawn; set the ratio to 1, so that all frames have a chance, or depth_fraction to 1",
+        fraction,
+    )
 
 
 def _labelled(codes: Tensor, labels: Tensor) -> Tensor:
