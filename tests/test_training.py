@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -720,6 +721,22 @@ def test_accelerating_twice_and_copies(pair: tuple[Any, Any]) -> None:
     assert not any("forward" in module.__dict__ for module in copied.modules())
     twice.training_acceleration.restore()
     assert not any("forward" in module.__dict__ for module in twice.modules())
+
+
+def test_a_pickle_is_a_stock_model(pair: tuple[Any, Any]) -> None:
+    model, ours = pair
+    again = pickle.loads(pickle.dumps(ours))
+    assert again.training_acceleration is None
+    batch = batch_of(model, ALL)
+    inputs = stock_inputs(model, batch)
+    torch.testing.assert_close(again(**inputs).loss, model(**inputs).loss, rtol=0, atol=0)
+    assert again(**inputs).logits is not None
+    assert_same_losses(accelerate(again, training=ALL)(**batch), model(**inputs))
+    again.training_acceleration.restore()
+    again.eval()
+    prompt = text_prompt((4,))
+    fast = accelerate(again, progress=False).generate(**prompt, max_new_tokens=3, do_sample=False)
+    assert torch.equal(fast, stock(model.eval(), **prompt, max_new_tokens=3, do_sample=False))
 
 
 def test_without_labels_it_is_the_stock_model(pair: tuple[Any, Any]) -> None:

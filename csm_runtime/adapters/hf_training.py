@@ -37,7 +37,7 @@ Changes = list[tuple[nn.Module, Any]]
 
 
 def install(model: Any, fused_layers: bool) -> Changes:
-    """Put the functions below on a model's modules."""
+    """Put the functions below on a model's modules. A deep copy has its own, a pickle is a stock model."""
     global stock  # noqa: PLW0603
     from transformers.models.csm import modeling_csm as stock
 
@@ -53,7 +53,7 @@ def install(model: Any, fused_layers: bool) -> Changes:
     for root in (model.backbone_model, model.depth_decoder.model):
         for module in root.modules():
             for kind, function in kinds.items():
-                if isinstance(module, kind) and "forward" not in module.__dict__:
+                if isinstance(module, kind) and not is_changed(module):
                     put(module, function)
     put(model.depth_decoder, _depth_forward)
     if _takes_targets(model.lm_head):
@@ -71,6 +71,13 @@ def remove(changes: Changes) -> None:
             module.__dict__.pop("forward", None)
         else:
             module.__dict__["forward"] = before
+
+
+def is_changed(module: Any) -> bool:
+    """Whether something else than its class's stands on a module as ``forward``, ours excepted."""
+    own = module.__dict__.get("forward")
+    # A pickle of a model of ours comes back with the methods of its class where ours stood.
+    return own is not None and not is_ours(own) and getattr(own, "__func__", None) is not type(module).forward
 
 
 def is_ours(forward: Any) -> bool:
@@ -515,7 +522,7 @@ def _rotated_attention(
 
 
 _OURS = frozenset(
-    {
+    (
         _forward,
         _depth_forward,
         _head_forward,
@@ -523,5 +530,7 @@ _OURS = frozenset(
         _norm_forward,
         _mlp_forward,
         _attention_forward,
-    }
+    )
 )
+for _function in _OURS:
+    _function.__name__ = "forward"  # a pickle holds a bound method by its name: that of the stock one
