@@ -383,6 +383,11 @@ def test_targets_are_checked_on_request(device: torch.device, monkeypatch: pytes
         fused_codebook_linear_cross_entropy(*case[:3], vocab_size=60)
     case.targets[3, 2] = 59
     assert call().loss.isfinite()
+    case.targets[4, 1], case.targets[0, 0] = -1, IGNORE
+    assert case.row_weight is not None and case.row_weight[4] == 0  # a row that adds nothing may hold anything
+    assert fused_codebook_linear_cross_entropy(*case[:3], row_weight=case.row_weight).loss.isfinite()
+    with pytest.raises(IndexError, match=r"targets\[4, 1\] is -1"):
+        call()
 
 
 @pytest.mark.parametrize("name", ["hidden", "weight", "targets", "row_weight"])
