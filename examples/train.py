@@ -429,6 +429,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         save_model(csm, peft, model, processor, args, ranks)
     elif first:
         print(f"stopped after step {done}; the same command with --resume goes on")
+    ranks.wait()  # for rank 0, which saves
     if dist.is_initialized():
         dist.destroy_process_group()
     return 0 if done == args.steps else 1
