@@ -20,8 +20,9 @@ def accelerate_training(model: Any, config: CsmTrainingConfig | bool = True) -> 
         config: how to train; True is the default config, 1/16 of the frames.
 
     Returns:
-        The same object. ``model.training_acceleration`` is the handle. Without labels, in ``generate`` and after
-        ``model.training_acceleration.restore()`` it computes what it did before. In eval mode labels mean all frames.
+        The same object, its codec frozen, which no loss reaches. ``model.training_acceleration`` is the handle. Without
+        labels, in ``generate`` and after ``model.training_acceleration.restore()`` it computes what it did before. In eval
+        mode labels mean all frames.
 
     Raises:
         TypeError: the model is not a CSM, or the config is of another type.
@@ -54,6 +55,10 @@ class TrainingAcceleration:
         self._model = model
         self._draws = torch.zeros((), dtype=torch.int64)
         self._changes = hf_training.install(model, config.fused_layers)
+        # The codec gets no gradient in training; DDP would wait for one of every parameter that asks.
+        self._frozen = [p for p in model.codec_model.parameters() if p.requires_grad]
+        for parameter in self._frozen:
+            parameter.requires_grad_(False)
 
     def next_draw(self) -> Tensor:
         """Number of a draw that the model makes for itself, for a batch that came without one."""
@@ -78,4 +83,6 @@ class TrainingAcceleration:
     def restore(self) -> None:
         """Give the stock model back: nothing of ours is left on it."""
         hf_training.remove(self._changes)
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
         self._model.__dict__.pop(hf_training.HANDLE, None)
