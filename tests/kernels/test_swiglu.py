@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from csm_kernels.swiglu import launch_backward, launch_forward, swiglu, swiglu_linear, swiglu_ref
 from csm_kernels.testing import assert_close, assert_untouched, guarded
@@ -269,8 +270,9 @@ def test_linear_keeps_gate_up_and_weight(device: torch.device, autocast: bool) -
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast),
     ):
-        swiglu_linear(gate, up, weight, bias)
+        out = swiglu_linear(gate, up, weight, bias)
     assert [t.data_ptr() for t in kept] == [t.data_ptr() for t in (gate, up, weight)]
+    assert "dtype" in vars(out.grad_fn) and not [v for v in tree_leaves(vars(out.grad_fn)) if isinstance(v, Tensor)]
 
 
 @pytest.mark.dispatcher
