@@ -8,9 +8,9 @@ installed, Triton; it starts no CUDA context and compiles nothing.
 from csm_kernels._version import __version__
 from csm_kernels.attention import attention_step
 from csm_kernels.embed import embed_frame
-from csm_kernels.frames import FrameSample, sample_frames
+from csm_kernels.frames import sample_frames
 from csm_kernels.gemv import gemv, gemv_swiglu
-from csm_kernels.loss import CodebookLoss, fused_codebook_linear_cross_entropy
+from csm_kernels.loss import fused_codebook_linear_cross_entropy
 from csm_kernels.norm import add_rms_norm, rms_norm
 from csm_kernels.quant import QuantWeight, dequantize, quantize
 from csm_kernels.rope import apply_rope
@@ -19,8 +19,6 @@ from csm_kernels.sampling import NoiseKey, SamplingParams, sample
 from csm_kernels.swiglu import swiglu
 
 __all__ = [
-    "CodebookLoss",
-    "FrameSample",
     "NoiseKey",
     "QuantWeight",
     "SamplingParams",

@@ -103,7 +103,9 @@ def frame_weights(index: Tensor, mask: Tensor, keep: Tensor | None = None) -> Te
         ``[M]`` fp32; 0 in empty rows and where the index is no frame of ``mask``.
     """
     kept, others = _groups(mask, keep, index.numel())
-    place = index.clamp(0, max(0, kept.numel() - 1))
+    if kept.numel() == 0:
+        return torch.zeros(index.shape, device=index.device)
+    place = index.clamp(0, kept.numel() - 1)
     filled = (index >= 0) & (index < kept.numel())
     of_kept, of_others = kept[place] & filled, others[place] & filled
     weight = torch.where(of_others, _ratio(others.sum(), of_others.sum()), 0.0)

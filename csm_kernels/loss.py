@@ -53,6 +53,7 @@ def _forward_kernel(
     ignore_index,
     targets_row_stride,
     targets_codebook_stride,
+    row_weight_stride,
     HAS_WEIGHT: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -76,7 +77,7 @@ def _forward_kernel(
     chosen = tl.load(start + tl.where(known, target, 0), mask=known, other=float("nan"))
     counts = target != ignore_index
     if HAS_WEIGHT:
-        counts = counts & (tl.load(row_weight_ptr + row) != 0.0)
+        counts = counts & (tl.load(row_weight_ptr + row * row_weight_stride) != 0.0)
     tl.store(nll_ptr + row * codebooks + codebook, tl.where(counts, lse - chosen, 0.0))
     tl.store(lse_ptr + row * codebooks + codebook, lse)
 
@@ -97,6 +98,7 @@ def _backward_kernel(
     z_loss,
     targets_row_stride,
     targets_codebook_stride,
+    row_weight_stride,
     HAS_WEIGHT: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -109,7 +111,7 @@ def _backward_kernel(
     scale = tl.load(grad_loss_ptr).to(tl.float32)
     counts = target != ignore_index
     if HAS_WEIGHT:
-        weight = tl.load(row_weight_ptr + row)
+        weight = tl.load(row_weight_ptr + row * row_weight_stride)
         counts = counts & (weight != 0.0)
         scale *= weight
     if (target < 0) | (target >= vocab):
@@ -153,6 +155,7 @@ def launch_forward(
         vocab,
         ignore_index,
         *targets.stride(),
+        0 if row_weight is None else row_weight.stride(0),
         HAS_WEIGHT=row_weight is not None,
         **_blocks(logits, vocab),
     )
@@ -186,6 +189,7 @@ def launch_backward(
         ignore_index,
         z_loss,
         *targets.stride(),
+        0 if row_weight is None else row_weight.stride(0),
         HAS_WEIGHT=row_weight is not None,
         **meta,
     )
@@ -256,9 +260,11 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype, out_dtype: torch.dtype) -
     a, b = a.to(dtype), b.to(dtype)
     if dtype == out_dtype and (a.is_cuda or dtype.itemsize >= torch.float32.itemsize):
         return torch.bmm(a, b)
-    if a.is_cuda:
-        return torch.bmm(a, b, out_dtype=out_dtype)
     wide = _accumulator(dtype)
+    if a.is_cuda and dtype != wide:
+        return torch.bmm(a, b, out_dtype=wide).to(
+            out_dtype
+        )  # the library knows no output but fp32 beside its inputs' own
     return torch.bmm(a.to(wide), b.to(wide)).to(out_dtype)
 
 
@@ -419,7 +425,8 @@ def fused_codebook_linear_cross_entropy(
             NaN and reads nothing out of bounds; with ``CSM_KERNELS_CHECK=1`` it raises IndexError, at the price of a
             wait for the device.
         row_weight: ``[M]`` fp32, the Horvitz-Thompson weights of :func:`csm_kernels.frames.sample_frames`, divided or
-            not; None is one for every row. A row of weight 0 adds exactly nothing, whatever it holds. No gradient.
+            not; None is one for every row. A row of weight 0 adds exactly nothing, whatever its targets and finite states.
+            No gradient.
         vocab_size: columns of ``weight`` that are tokens; the others are padding. Default: all.
         ignore_index: the target that adds nothing.
         z_loss: factor of the squared log-partition, added per target with the row's weight.
@@ -445,7 +452,7 @@ def fused_codebook_linear_cross_entropy(
     """
     vocab = _checked(hidden, weight, targets, row_weight, vocab_size, impl)
     if os.environ.get("CSM_KERNELS_CHECK") == "1" and not torch.compiler.is_compiling():
-        _check_targets(targets, vocab, ignore_index)
+        _check_targets(targets, row_weight, vocab, ignore_index)
     if impl == "torch":
         return fused_codebook_linear_cross_entropy_ref(
             hidden,
@@ -483,7 +490,8 @@ def fused_codebook_linear_cross_entropy_ref(
     """
     wide = _accumulator(torch.promote_types(hidden.dtype, weight.dtype))
     vocab = weight.shape[2] if vocab_size is None else vocab_size
-    logits = torch.einsum("mcd,cdv->mcv", hidden.to(wide), weight.to(wide))[..., :vocab]
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = torch.einsum("mcd,cdv->mcv", hidden.to(wide), weight.to(wide))[..., :vocab]
     lse = logits.logsumexp(-1)
     known = (targets >= 0) & (targets < vocab)
     chosen = logits.gather(-1, torch.where(known, targets, 0).long()[..., None])[..., 0]
@@ -508,9 +516,11 @@ def _checked(
                 "fully_shard wrapped, where parameters are gathered (see register_fsdp_forward_method), or pass "
                 ".full_tensor()"
             )
-        if tensor is not None and not isinstance(tensor, Tensor):
+        if tensor is None and name == "row_weight":
+            continue
+        if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if tensor is not None and tensor.device != hidden.device:
+        if tensor.device != hidden.device:
             raise ValueError(f"{name} must be on the device of hidden, {hidden.device}, got {tensor.device}")
     for name, tensor in (("hidden", hidden), ("weight", weight)):
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
@@ -537,8 +547,8 @@ def _checked(
     return weight.shape[2] if vocab_size is None else vocab_size
 
 
-def _check_targets(targets: Tensor, vocab: int, ignore_index: int) -> None:
-    wrong = ((targets < 0) | (targets >= vocab)) & (targets != ignore_index)
+def _check_targets(targets: Tensor, row_weight: Tensor | None, vocab: int, ignore_index: int) -> None:
+    wrong = ((targets < 0) | (targets >= vocab)) & _counted(targets, row_weight, ignore_index)
     if bool(wrong.any()):
         row, codebook = wrong.nonzero()[0].tolist()
         raise IndexError(

@@ -103,7 +103,7 @@ def gradients_match(rank: int, wrap: Callable[[Any], Any], frames: list[int], fr
 
 def resumes(rank: int, folder: Path) -> float:
     """Save model, optimizer and step after two of four steps, load them into a new model: the same losses after that."""
-    import torch.distributed.checkpoint as checkpoint
+    from torch.distributed import checkpoint
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
     config = CsmTrainingConfig(depth_fraction=0.25, seed=9)
@@ -149,7 +149,9 @@ def main() -> None:
     for kind, wrap in (("DDP", replicated), ("FSDP2", sharded)):
         for spread, frames in LENGTHS.items():
             for fraction in (1.0, 0.25):
-                cases[f"{kind}, {spread}, {fraction}"] = lambda w=wrap, f=frames, x=fraction: gradients_match(rank, w, f, x)
+                cases[f"{kind}, {spread}, {fraction}"] = lambda w=wrap, f=frames, x=fraction: gradients_match(
+                    rank, w, f, x
+                )
         cases[f"{kind}, not shared"] = lambda w=wrap: gradients_match(rank, w, [30, 6], 1.0, shared=False)
         cases[f"{kind}, tied"] = lambda w=wrap: gradients_match(rank, w, [30, 6], 0.25, name="tied")
         cases[f"{kind}, accumulation"] = lambda w=wrap: gradients_match(rank, w, [30, 6], 0.25, micro_steps=2)

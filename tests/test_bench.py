@@ -90,3 +90,35 @@ def test_bytes_of_a_matrix(kernels: Any, fmt: str) -> None:
 
     assert kernels._stored(6, 300, fmt) == quantize(torch.randn(6, 300), fmt).bytes
     assert kernels._stored(6, 300, "bf16") == torch.randn(6, 300).bfloat16().nbytes
+
+
+@pytest.mark.slow
+def test_training_step(tmp_path: Any) -> None:
+    command = [sys.executable, str(ROOT / "bench" / "train.py"), "--shapes", "1x48", "--rounds", "1", "--profile"]
+    done = subprocess.run([*command, "--out", str(tmp_path)], cwd=tmp_path, capture_output=True, text=True, check=False)
+    (path,) = tmp_path.glob("train-*.json")
+    result = json.loads(path.read_text())
+    (shape,) = result["shapes"]
+    # 47 frames have a state before them; the fraction is rounded up.
+    assert shape["depth_rows"] == 3 and all(value < 1e-5 for value in shape["relative_loss_difference"].values())
+    rows = {row["variant"]: row for row in shape["variants"]}
+    assert rows.keys() | result["skipped"].keys() >= {
+        "stock, all frames",
+        "stock, 1/16",
+        "ours, 1/16",
+        "ours, all frames",
+    }
+    assert (
+        rows["ours, 1/16"]["saved_bytes"]
+        < rows["ours, all frames"]["saved_bytes"]
+        < rows["stock, all frames"]["saved_bytes"]
+    )
+    for row in rows.values():
+        assert row["seconds"] <= row["median_seconds"] and row["peak_bytes"] > 0
+        assert 0.5 < sum(op["share"] for op in row["top"]) <= 1.0
+    assert done.returncode == (0 if all(bar["holds"] for bar in result["bars"]) else 1)
+    for bar in result["bars"]:
+        ratio = rows[bar["over"]][bar["of"]] / rows["ours, 1/16"][bar["of"]]
+        assert bar["measured"] == pytest.approx(ratio) and bar["holds"] == (ratio >= bar["least"])
+    assert "DOES NOT HOLD" in done.stdout or done.returncode == 0
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")

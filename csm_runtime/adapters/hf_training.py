@@ -6,6 +6,8 @@ checkpointing) work as on any module. A call without labels is the stock one.
 
 from __future__ import annotations
 
+import functools
+import logging
 import types
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +22,8 @@ from csm_kernels.norm import rms_norm, rms_norm_ref
 from csm_kernels.rope import apply_rope
 from csm_kernels.swiglu import swiglu, swiglu_linear, swiglu_ref
 
+logger = logging.getLogger("csm_runtime")
+
 IGNORED = -100
 BACKBONE_ONLY = -101
 HANDLE = "training_acceleration"
@@ -28,15 +32,15 @@ stock: Any = None
 """transformers' ``modeling_csm``, imported by :func:`install`: an import inside a forward breaks a compiled graph."""
 
 
-
 Changes = list[tuple[nn.Module, Any]]
 """Modules, and what stood on them as their ``forward`` before; None for nothing."""
 
 
 def install(model: Any, fused_layers: bool) -> Changes:
-    """Put the functions below on a model's modules."""
+    """Put the functions below on a model's modules. A deep copy has its own, a pickle is a stock model."""
     global stock  # noqa: PLW0603
     from transformers.models.csm import modeling_csm as stock
+
     kinds: dict[type, Callable[..., Any]] = {}
     if fused_layers:
         kinds = {stock.CsmRMSNorm: _norm_forward, stock.CsmMLP: _mlp_forward, stock.CsmAttention: _attention_forward}
@@ -49,7 +53,7 @@ def install(model: Any, fused_layers: bool) -> Changes:
     for root in (model.backbone_model, model.depth_decoder.model):
         for module in root.modules():
             for kind, function in kinds.items():
-                if isinstance(module, kind) and "forward" not in module.__dict__:
+                if isinstance(module, kind) and not is_changed(module):
                     put(module, function)
     put(model.depth_decoder, _depth_forward)
     if _takes_targets(model.lm_head):
@@ -69,6 +73,13 @@ def remove(changes: Changes) -> None:
             module.__dict__["forward"] = before
 
 
+def is_changed(module: Any) -> bool:
+    """Whether something else than its class's stands on a module as ``forward``, ours excepted."""
+    own = module.__dict__.get("forward")
+    # A pickle of a model of ours comes back with the methods of its class where ours stood.
+    return own is not None and not is_ours(own) and getattr(own, "__func__", None) is not type(module).forward
+
+
 def is_ours(forward: Any) -> bool:
     """Whether what stands on a module is one of these functions, which compute what the stock ones do."""
     return getattr(forward, "__func__", None) in _OURS
@@ -76,6 +87,37 @@ def is_ours(forward: Any) -> bool:
 
 def _takes_targets(head: nn.Module) -> bool:
     return isinstance(head, (nn.Linear, stock.CsmCodebooksHead)) and getattr(head, "bias", None) is None
+
+
+class _NoCache:
+    """Stands where a KV cache could and keeps nothing.
+
+    Without any cache the stock modules look for packed sequences in the positions: a wait for the device in eager mode, a
+    full mask instead of causal attention in a compiled graph, and an IndexError where a depth decoder's batch has as many
+    rows as there are codebooks (transformers 5.17).
+    """
+
+    is_compileable = False
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return query_length, 0
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        return keys, values
+
+
+_NO_CACHE = _NoCache()
+
+
+def _no_cache(module: Any) -> _NoCache | None:
+    """The cache to pass; None where the layers are checkpointed, which warn of any."""
+    return None if module.training and module.is_gradient_checkpointing else _NO_CACHE
 
 
 # --------------------------------------------------------------------------------------------------------- the model
@@ -125,14 +167,18 @@ def _forward(
     config = handle.config
     return_dict = kwargs.pop("return_dict", None)
     trainer_count = kwargs.pop("num_items_in_batch", None)
-    if trainer_count is not None and num_backbone_targets is None and labels is not None:
-        # What Trainer counts are labels[..., 1:]: frames where labels are [B, S], the depth decoder's targets otherwise.
+    if trainer_count is not None and labels is not None:
+        # What Trainer counts over the step are labels[..., 1:]: frames where labels are [B, S], the depth decoder's targets
+        # where they are [B, S, K]. It makes up for the ranks itself.
+        num_ranks = 1
         per_frame = self.config.num_codebooks - 1
         num_backbone_targets = trainer_count if labels.ndim == 2 else trainer_count / per_frame
         num_depth_targets = trainer_count * per_frame if labels.ndim == 2 else trainer_count
     inputs_embeds, targets, ends = _prepared(
         self, input_ids, input_values, input_values_cutoffs, inputs_embeds, labels, audio_codes
     )
+    if past_key_values is None and not use_cache:
+        past_key_values = _no_cache(self.backbone_model)
     outputs = self.backbone_model(
         inputs_embeds=inputs_embeds,
         attention_mask=attention_mask,
@@ -159,7 +205,7 @@ def _forward(
         loss=config.backbone_loss_weight * backbone_loss + config.depth_loss_weight * depth_loss,
         backbone_loss=backbone_loss,
         depth_decoder_loss=depth_loss,
-        past_key_values=outputs.past_key_values,
+        past_key_values=None if past_key_values is _NO_CACHE else outputs.past_key_values,
         hidden_states=outputs.hidden_states,
         attentions=outputs.attentions,
     )
@@ -220,9 +266,21 @@ def _prepared(
             )
         silent = labels.new_zeros(*labels.shape, books)
         return model.embed_text_tokens(input_ids), _labelled(silent, labels), ends
+    fraction = model.__dict__[HANDLE].config.depth_fraction
+    if fraction < 1.0 and bool((labels == BACKBONE_ONLY).any()):
+        _warn_of_two_samples(fraction)
     marks = torch.where(sounds | ends, input_ids, IGNORED)  # stock fills in the codes of all audio, context included
     merged = model._merge_input_ids_with_input_values(input_ids, input_values, cutoffs, marks)
     return merged["inputs_embeds"], _labelled(merged["labels"], labels), ends
+
+
+@functools.cache
+def _warn_of_two_samples(fraction: float) -> None:
+    logger.warning(
+        "labels leave frames out already (-101, the processor's depth_decoder_labels_ratio) and of the others a fraction of %g "
+        "is drawn; set the ratio to 1, so that all frames have a chance, or depth_fraction to 1",
+        fraction,
+    )
 
 
 def _labelled(codes: Tensor, labels: Tensor) -> Tensor:
@@ -283,7 +341,15 @@ def _depth_loss(
 
 def _depth_forward(
     self: Any,
-    *args: Any,
+    input_ids: Tensor | None = None,
+    backbone_last_hidden_state: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    past_key_values: Any = None,
+    inputs_embeds: Tensor | None = None,
+    labels: Tensor | None = None,
+    use_cache: bool | None = None,
+    logits_to_keep: int | Tensor = 0,
     frame_targets: Tensor | None = None,
     row_weight: Tensor | None = None,
     z_loss: float = 0.0,
@@ -291,12 +357,28 @@ def _depth_forward(
 ) -> Any:
     """With ``frame_targets`` ``[M, K]``, and ``backbone_last_hidden_state`` ``[M, D]``, the sum of the loss; else stock."""
     if frame_targets is None:
-        return type(self).forward(self, *args, **kwargs)
+        return type(self).forward(
+            self,
+            input_ids=input_ids,
+            backbone_last_hidden_state=backbone_last_hidden_state,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
     fed = torch.where(frame_targets == IGNORED, 0, frame_targets)[:, :-1]
     offsets = torch.arange(fed.shape[1], device=fed.device) * self.vocab_size
     embeds = self.model.embed_tokens(fed + offsets)
-    state = kwargs["backbone_last_hidden_state"].to(embeds.dtype)
-    hidden = self.model(inputs_embeds=torch.cat([state[:, None], embeds], dim=1), use_cache=False)[0]
+    assert backbone_last_hidden_state is not None
+    x = torch.cat([backbone_last_hidden_state.to(embeds.dtype)[:, None], embeds], dim=1)
+    rows, cache = len(x), _no_cache(self.model)
+    if cache is None and rows == x.shape[1]:
+        x = functional.pad(x, (0, 0, 0, 0, 0, 1))  # see _NoCache: any other number of rows will do
+    hidden = self.model(inputs_embeds=x, past_key_values=cache, use_cache=False)[0][:rows]
     return _head_loss(self.codebooks_head, hidden[:, 1:], frame_targets[:, 1:], row_weight, z_loss)
 
 
@@ -440,7 +522,7 @@ def _rotated_attention(
 
 
 _OURS = frozenset(
-    {
+    (
         _forward,
         _depth_forward,
         _head_forward,
@@ -448,5 +530,7 @@ _OURS = frozenset(
         _norm_forward,
         _mlp_forward,
         _attention_forward,
-    }
+    )
 )
+for _function in _OURS:
+    _function.__name__ = "forward"  # a pickle holds a bound method by its name: that of the stock one

@@ -17,6 +17,8 @@ from csm_runtime.training.counts import share_counts
 from csm_runtime.training.handle import TrainingAcceleration, accelerate_training
 from csm_runtime.training.noise import DepthGradientNoiseScale, NoiseReading
 
+from csm_runtime.adapters.hf_trainer import csm_trainer  # isort: skip  # it needs what is above
+
 __all__ = [
     "CsmDataCollator",
     "CsmTrainingConfig",
@@ -24,5 +26,6 @@ __all__ = [
     "NoiseReading",
     "TrainingAcceleration",
     "accelerate_training",
+    "csm_trainer",
     "share_counts",
 ]

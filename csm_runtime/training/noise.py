@@ -31,7 +31,7 @@ class DepthGradientNoiseScale:
     Two disjoint samples of the same batch give two gradients of the depth decoder. Their product estimates the squared
     gradient without bias and their distance its noise; both are averaged over measurements, and their ratio, in frames,
     is the noise scale. Far more frames per step than that are wasted, far fewer slow the run down. A measurement costs two
-    more passes of the depth decoder over ``num_frames`` frames each and one of the backbone; ``.grad`` is left alone.
+    more steps on ``num_frames`` frames each; ``.grad`` is left alone. End-of-speech frames, all alike, are left out.
 
     Args:
         model: an accelerated CSM, not wrapped.
@@ -60,8 +60,7 @@ class DepthGradientNoiseScale:
     def measure(self, batch: Mapping[str, Tensor], step: int) -> None:
         """Take one measurement on a batch of the collator's; a batch with fewer than two frames is passed over."""
         model, config = self._model, self._model.training_acceleration.config
-        labels = batch["labels"]
-        frames = labels != -100
+        frames = batch["labels"] == model.config.audio_token_id
         frames[:, 0] = False
         count = int(frames.sum())
         rows = min(self._num_frames, count // 2)
@@ -82,7 +81,7 @@ class DepthGradientNoiseScale:
             model.train(was_training)
         product = sum(float((a * b).sum()) for a, b in zip(*halves))
         distance = sum(float((a - b).square().sum()) for a, b in zip(*halves))
-        # Frames are drawn without replacement: two samples of the same batch are closer than two of the world.
+        # Drawn without replacement, the samples are as independent of each other as two of the whole data are.
         variance = distance / 2 * rows
         self._signal = self._decay * self._signal + (1 - self._decay) * product
         self._noise = self._decay * self._noise + (1 - self._decay) * variance
