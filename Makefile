@@ -6,19 +6,23 @@ BIN := $(VENV)/bin
 RACE := .venv-race
 ARGS ?=
 
-.PHONY: help demo test lint budgets race-check sanitize clean
+.PHONY: help demo train-demo test lint budgets race-check sanitize clean
 
 help:
 	@echo "make demo    stock against accelerated CSM: a table, and WAV, JSON and PNG in demo_out; ARGS=\"--model ...\""
+	@echo "make train-demo   train a small CSM on real speech within 15 minutes; ARGS=\"--minutes 10 --out folder\""
 	@echo "make test    the test suite; ARGS=\"-k name\""
 	@echo "make lint    ruff and mypy"
 	@echo "make budgets      compile every kernel for every GPU target and rewrite the budgets; read the difference"
 	@echo "make race-check   kernel tests under ttsem, which finds races and stray accesses without a GPU; own environment"
 	@echo "make sanitize     kernel tests under compute-sanitizer; needs a GPU"
-	@echo "make clean   remove caches and demo_out; the virtual environment stays"
+	@echo "make clean   remove caches, demo_out and train_demo_out; the virtual environment stays"
 
 demo: $(VENV)/.installed-cli
 	$(BIN)/csm-accelerate demo $(ARGS)
+
+train-demo: $(VENV)/.installed-train
+	$(BIN)/python examples/train_demo.py $(ARGS)
 
 test: $(VENV)/.installed-dev
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels $(ARGS) || [ $$? -eq 5 ]
@@ -51,7 +55,7 @@ sanitize: $(VENV)/.installed-dev
 	done
 
 clean:
-	rm -rf build dist demo_out .pytest_cache .mypy_cache .ruff_cache .benchmarks *.egg-info
+	rm -rf build dist demo_out train_demo_out .pytest_cache .mypy_cache .ruff_cache .benchmarks *.egg-info
 	find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +
 
 # One stamp per extra: reinstalled when the requirements change, never twice otherwise.

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +21,8 @@ PAD, BOS, AUDIO, AUDIO_EOS = 90, 91, 92, 93
 POSITIONS = 64
 FRAME_SAMPLES = 1920
 """Audio samples per codec frame: 24 kHz at 12.5 frames per second."""
+TRAINED = Path(__file__).parent / "data" / "trained_csm"
+"""A small CSM trained on real speech, by `make train-demo`."""
 
 _LLAMA3 = {
     "rope_type": "llama3",
@@ -135,6 +140,26 @@ def build(
     if name == "tied":  # transformers 5.17 has the config flag and leaves the tables apart
         model.backbone_model.embed_tokens.embed_audio_tokens.weight = model.depth_decoder.model.embed_tokens.weight
     return model.to(dtype)
+
+
+def trained() -> Any:
+    """A small stock model that was really trained, fp32 in eval mode; a copy of its own for every call."""
+    return copy.deepcopy(_trained())
+
+
+@functools.cache
+def _trained() -> Any:
+    from transformers import CsmForConditionalGeneration
+
+    return CsmForConditionalGeneration.from_pretrained(TRAINED, dtype=torch.float32).eval()
+
+
+def held_out_speech() -> list[tuple[Tensor, Tensor]]:
+    """Text ids ``[n]`` and codes ``[F, 8]`` of recordings that :func:`trained` never heard, a few hundred frames."""
+    from safetensors.torch import load_file
+
+    tensors = {key: value.long() for key, value in load_file(TRAINED / "held_out.safetensors").items()}
+    return [(tensors[f"text_ids.{k}"], tensors[f"codes.{k}"]) for k in range(len(tensors) // 2)]
 
 
 def copy_first_codebook(model: Any, sharpness: float = 4.0) -> Any:
