@@ -253,7 +253,7 @@ def let_listen(out: Path, model: Any, tokens: SpeechTokens, clip: Clip) -> dict[
     soundfile = need("soundfile")
     example = examples([clip], tokens)[0]
     frames = len(example["codes"])
-    made = speak(model, example["text_ids"], 3 * frames, seed=0)
+    made = speak(model, example["text_ids"], 2 * frames, seed=0)
     spoken = cut_at_end(made)
     waves = {"original": clip.samples, "from_tokens": tokens.decode(example["codes"])}
     if len(spoken):

@@ -234,12 +234,13 @@ def stock(model: Any, *args: Any, **kwargs: Any) -> Any:
     return type(model).generate(model, *args, **kwargs)
 
 
-def int8_twin(name: str = "base", zones: tuple[str, ...] | None = None, **options: Any) -> Any:
+def int8_twin(name: str = "base", zones: tuple[str, ...] | None = None, *, of: Any = None, **options: Any) -> Any:
     """A stock fp32 model whose weights are what the int8 copies of ``build(name, **options)`` stand for.
 
-    ``zones`` limits it to some zones of the policy; None means those of the preset.
+    ``zones`` limits it to some zones of the policy; None means those of the preset. ``of`` is a stock model to change
+    instead.
     """
-    model = build(name, **options).float()
+    model = (build(name, **options) if of is None else of).float()
 
     def lower(zone: str, weight: Tensor, transposed: bool = False) -> None:
         if zones is None or zone in zones:
