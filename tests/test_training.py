@@ -135,6 +135,23 @@ def test_low_precision_is_as_near_to_fp32_as_stock(dtype: torch.dtype) -> None:
     assert abs(found - wanted) <= abs(theirs - wanted) + 2e-3 * abs(wanted)
 
 
+def test_fp64_stays_fp64(pair: tuple[Any, Any]) -> None:
+    model, _ = pair
+    model = model.double()
+    batch = batch_of(model, ALL)
+    ours = accelerate(copy.deepcopy(model), training=ALL)
+    found, theirs = ours(**batch), model(**stock_inputs(model, batch))
+    assert found.depth_decoder_loss.dtype == torch.float64
+    found.loss.backward()
+    found_grad = ours.depth_decoder.model.layers[0].mlp.gate_proj.weight.grad
+    # Stock computes its norms and its losses in fp32 whatever the model's dtype, and so do we where it does.
+    assert_same_losses(found, theirs, 1e-6)
+    theirs.loss.backward()
+    torch.testing.assert_close(
+        found_grad, model.depth_decoder.model.layers[0].mlp.gate_proj.weight.grad, rtol=1e-4, atol=1e-9
+    )
+
+
 def test_autocast(pair: tuple[Any, Any]) -> None:
     model, ours = pair
     batch = batch_of(model, ALL)
