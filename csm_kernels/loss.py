@@ -262,9 +262,8 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype, out_dtype: torch.dtype) -
         return torch.bmm(a, b)
     wide = _accumulator(dtype)
     if a.is_cuda and dtype != wide:
-        return torch.bmm(a, b, out_dtype=wide).to(
-            out_dtype
-        )  # the library knows no output but fp32 beside its inputs' own
+        # Beside its inputs' own dtype the library knows no output but fp32.
+        return torch.bmm(a, b, out_dtype=wide).to(out_dtype)
     return torch.bmm(a.to(wide), b.to(wide)).to(out_dtype)
 
 
