@@ -313,6 +313,8 @@ def save_model(csm: Any, peft: Any, wrapped: Any, processor: Any, args: argparse
     state = None
     if args.fsdp:
         state = get_model_state_dict(wrapped, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        if csm.config.tie_codebooks_embeddings:  # gathered, the two are no longer one tensor
+            state.pop("backbone_model.embed_tokens.embed_audio_tokens.weight", None)
     if ranks.own:
         return
     if peft is not None:
