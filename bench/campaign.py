@@ -1,13 +1,14 @@
-"""Proves and measures the fused decode kernels on the GPU there is: one command, nine minutes, resumable by stage.
+"""Proves and measures the kernels on the GPU there is: one command, resumable by stage, in calls of nine minutes.
 
     python bench/campaign.py                    everything; run it again and it goes on where it was stopped
     python bench/campaign.py --stages 1 5       some stages
     python bench/campaign.py --rehearse         small shapes under Triton's interpreter, no GPU, no times
 
 Stages: 0 compile ahead, 1 constants of the device, 2 barrier litmus, 3 replays bit for bit, 4 against fp64, 5 GB/s per
-phase and ms per frame, 6 end to end, 7 memory and cold start, 8 the kernels' own tests. Each runs in a process of its
-own under a time limit and writes what it finds as it finds it, so that a hang costs one stage at most. Afterwards the
-faster driver of every format and batch is stored in ``csm_kernels/tiles``. A first GPU run has not been made yet.
+phase and ms per frame, 6 end to end, 7 memory and cold start, 8 the kernels' own tests, 9 the training step. Each runs in
+a process of its own under a time limit and writes what it finds as it finds it, so that a hang costs one stage at most.
+Afterwards the faster driver of every format and batch is stored in ``csm_kernels/tiles``. A first GPU run has not been
+made yet.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ STAGES = (
     Spec(6, "end_to_end", 130),
     Spec(7, "start", 100),
     Spec(8, "kernel_tests", 150),
+    Spec(9, "training", 100),
 )
 PROOFS = frozenset({2, 3, 4})
 """Stages without which no driver becomes the default."""

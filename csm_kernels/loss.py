@@ -262,9 +262,8 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype, out_dtype: torch.dtype) -
         return torch.bmm(a, b)
     wide = _accumulator(dtype)
     if a.is_cuda and dtype != wide:
-        return torch.bmm(a, b, out_dtype=wide).to(
-            out_dtype
-        )  # the library knows no output but fp32 beside its inputs' own
+        # Beside its inputs' own dtype the library knows no output but fp32.
+        return torch.bmm(a, b, out_dtype=wide).to(out_dtype)
     return torch.bmm(a.to(wide), b.to(wide)).to(out_dtype)
 
 
@@ -425,7 +424,8 @@ def fused_codebook_linear_cross_entropy(
             NaN and reads nothing out of bounds; with ``CSM_KERNELS_CHECK=1`` it raises IndexError, at the price of a
             wait for the device.
         row_weight: ``[M]`` fp32, the Horvitz-Thompson weights of :func:`csm_kernels.frames.sample_frames`, divided or
-            not; None is one for every row. A row of weight 0 adds exactly nothing, whatever it holds. No gradient.
+            not; None is one for every row. A row of weight 0 adds exactly nothing, whatever its targets and finite states.
+            No gradient.
         vocab_size: columns of ``weight`` that are tokens; the others are padding. Default: all.
         ignore_index: the target that adds nothing.
         z_loss: factor of the squared log-partition, added per target with the row's weight.
@@ -451,7 +451,7 @@ def fused_codebook_linear_cross_entropy(
     """
     vocab = _checked(hidden, weight, targets, row_weight, vocab_size, impl)
     if os.environ.get("CSM_KERNELS_CHECK") == "1" and not torch.compiler.is_compiling():
-        _check_targets(targets, vocab, ignore_index)
+        _check_targets(targets, row_weight, vocab, ignore_index)
     if impl == "torch":
         return fused_codebook_linear_cross_entropy_ref(
             hidden,
@@ -546,8 +546,8 @@ def _checked(
     return weight.shape[2] if vocab_size is None else vocab_size
 
 
-def _check_targets(targets: Tensor, vocab: int, ignore_index: int) -> None:
-    wrong = ((targets < 0) | (targets >= vocab)) & (targets != ignore_index)
+def _check_targets(targets: Tensor, row_weight: Tensor | None, vocab: int, ignore_index: int) -> None:
+    wrong = ((targets < 0) | (targets >= vocab)) & _counted(targets, row_weight, ignore_index)
     if bool(wrong.any()):
         row, codebook = wrong.nonzero()[0].tolist()
         raise IndexError(

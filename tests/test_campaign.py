@@ -177,12 +177,19 @@ def test_bars_are_held_against_what_was_measured(bench: Any) -> None:
         },
         6: {"ours, bfloat16": {"ms_per_frame": 4.0}, "stock ops in a CUDA graph": {"ms_per_frame": 8.1}},
     }
-    assert [bar.passed for bar in bars(pieces)] == [True, True, False, True, None]
+    assert [bar.passed for bar in bars(pieces)] == [True, True, False, True, None, None, None]
     assert [bar.value for bar in bars(pieces)][:4] == pytest.approx([3.9, 8.1 / 4, 2.8, 160.0])
     pieces[7] = {"cold": {"cold_start_seconds": 10.5}}
     pieces[6]["ours, bfloat16"]["ms_per_frame"] = 4.1
-    assert [bar.passed for bar in bars(pieces)] == [True, False, False, True, False]
-    assert [bar.passed for bar in bars({})] == [None] * 5
+    assert [bar.passed for bar in bars(pieces)] == [True, False, False, True, False, None, None]
+    pieces[9] = {
+        "loss": {"over_bound": 2.1},
+        "step, ours at 1/16": {"ms": 30.0},
+        "step, stock at all frames": {"ms": 96.0},
+    }
+    assert [bar.passed for bar in bars(pieces)][5:] == [True, False]
+    assert bars(pieces)[5].value == pytest.approx(3.2)
+    assert [bar.passed for bar in bars({})] == [None] * 7
 
 
 def test_the_default_driver_comes_from_the_measurement(bench: Any) -> None:

@@ -16,9 +16,12 @@ import csm_runtime
 KERNELS, RUNTIME = Path(csm_kernels.__file__).parent, Path(csm_runtime.__file__).parent
 HEAVY = ("transformers", "torchtune", "torchaudio", "tqdm", "matplotlib", "scipy", "soundfile", "rich")
 
-OP_FILES = {"attention", "embed", "gemv", "gemv_kernel", "norm", "rope", "rvq", "sampling", "swiglu"}
+OP_FILES = {"attention", "embed", "gemv", "gemv_kernel", "loss", "norm", "rope", "rvq", "sampling", "swiglu"}
 NO_OPS = {"NoiseKey", "SamplingParams"}
 """What those files hold besides ops."""
+
+TRAINING_FILES = {"frames", "loss", "norm", "rope", "swiglu"}
+"""Files of csm_kernels with what a training step computes: the ops among them are differentiable."""
 
 
 def run(code: str) -> dict[str, object]:
@@ -118,19 +121,48 @@ def test_leaves_import_nothing_of_ours(name: str) -> None:
     assert not roots(imports(RUNTIME / name)) & {"csm_runtime", "csm_kernels"}
 
 
+def ops_used(path: Path) -> set[tuple[str, str]]:
+    """Ops and references a file takes from csm_kernels, each with the file of csm_kernels it is from."""
+    parts = [name.split(".") for name in imports(path) if name.startswith("csm_kernels.")]
+    used = {(part[1], part[2]) for part in parts if part[1] in OP_FILES and len(part) == 3}
+    exported = {name: getattr(csm_kernels, name) for name in csm_kernels.__all__}
+    for _, name in (part for part in parts if len(part) == 2 and part[1] in exported):
+        used.add((getattr(exported[name], "__module__", "csm_kernels").rpartition(".")[2], name))
+    return {(file, name) for file, name in used if name not in NO_OPS}
+
+
 def test_only_the_engine_and_the_backend_call_decode_ops() -> None:
+    """Decoding: the engine, its steps, the fused kernels' launches and the torch.compile backend. Training: one adapter."""
     callers = ("engine.py", "steps.py", "fused.py", "backend.py")
+    free = {"__version__", "QuantWeight", "dequantize", "quantize", "FrameSample", "sample_frames"}
     seen = set()
     for path in files(RUNTIME):
-        parts = [name.split(".") for name in imports(path) if name.startswith("csm_kernels.")]
-        used = {part[2] for part in parts if part[1] in OP_FILES and len(part) == 3} - NO_OPS
-        used |= {part[1] for part in parts if len(part) == 2 and part[1] in set(csm_kernels.__all__)}
-        assert not used - {"__version__", "QuantWeight", "dequantize", "quantize", *NO_OPS} or path.name in callers, (
-            path.name,
-            used,
-        )
+        if path.name == "hf_training.py":
+            continue
+        used = {name for _, name in ops_used(path)}
+        assert not used - free or path.name in callers, (path.name, used)
         seen |= used
     assert {"gemv_streamed", "rms_norm_ref"} <= seen  # the test looks where the ops are
+
+
+def test_only_the_training_adapter_calls_training_ops() -> None:
+    """It takes differentiable ops and their references, and no decode op: no file does both."""
+    path = RUNTIME / "adapters" / "hf_training.py"
+    used = ops_used(path)
+    assert {("loss", "fused_codebook_linear_cross_entropy"), ("norm", "rms_norm")} <= used
+    assert {file for file, _ in used} <= TRAINING_FILES
+    for other in files(RUNTIME):
+        assert other == path or "loss" not in {file for file, _ in ops_used(other)}, other
+
+
+def test_only_training_draws_frames() -> None:
+    """The collator, the noise meter and the training adapter; what generates knows nothing of samples of frames."""
+    drawing = set()
+    for path in files(RUNTIME):
+        names = imports(path)
+        if {"csm_kernels.FrameSample", "csm_kernels.sample_frames"} & names or "csm_kernels.frames" in names:
+            drawing.add(str(path.relative_to(RUNTIME)))
+    assert drawing == {"adapters/hf_training.py", "training/collate.py", "training/noise.py"}
 
 
 def test_op_files_are_all_listed() -> None:
@@ -146,12 +178,28 @@ def test_only_the_engine_runs_the_fused_kernels() -> None:
 
 
 def test_only_accelerate_and_what_stands_on_it_import_the_engine_or_the_adapter() -> None:
+    """And training's handle, which is to training what accelerate.py is to generation: adapters, but no engine.
+
+    ``training/__init__.py`` may hand the trainer's adapter on.
+    """
     allowed = {"accelerate.py", "decode_loop.py", "cli.py", "demo.py"}
     for path in files(RUNTIME):
         if path.parent.name == "adapters" or path.name == "engine.py":
             continue
         taken = {n for n in imports(path) if n.startswith(("csm_runtime.engine", "csm_runtime.adapters.hf"))}
+        if path.parent.name == "training" and path.name in ("handle.py", "__init__.py"):
+            taken = {n for n in taken if n.startswith("csm_runtime.engine")}
         assert not taken or path.name in allowed, (path.name, taken)
+
+
+def test_training_knows_nothing_of_generation() -> None:
+    """Of csm_runtime, training takes itself and the adapters, whatever generates may change."""
+    for path in files(RUNTIME / "training"):
+        ours = {name for name in imports(path) if name.startswith("csm_runtime.")}
+        assert all(name.startswith(("csm_runtime.training", "csm_runtime.adapters")) for name in ours), (
+            path.name,
+            ours,
+        )
 
 
 def test_public_names() -> None:

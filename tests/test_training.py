@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -132,6 +133,23 @@ def test_low_precision_is_as_near_to_fp32_as_stock(dtype: torch.dtype) -> None:
     found = accelerate(model, training=ALL)(**batch).loss
     assert found.dtype == torch.float32
     assert abs(found - wanted) <= abs(theirs - wanted) + 2e-3 * abs(wanted)
+
+
+def test_fp64_stays_fp64(pair: tuple[Any, Any]) -> None:
+    model, _ = pair
+    model = model.double()
+    batch = batch_of(model, ALL)
+    ours = accelerate(copy.deepcopy(model), training=ALL)
+    found, theirs = ours(**batch), model(**stock_inputs(model, batch))
+    assert found.depth_decoder_loss.dtype == torch.float64
+    found.loss.backward()
+    found_grad = ours.depth_decoder.model.layers[0].mlp.gate_proj.weight.grad
+    # Stock computes its norms and its losses in fp32 whatever the model's dtype, and so do we where it does.
+    assert_same_losses(found, theirs, 1e-6)
+    theirs.loss.backward()
+    torch.testing.assert_close(
+        found_grad, model.depth_decoder.model.layers[0].mlp.gate_proj.weight.grad, rtol=1e-4, atol=1e-9
+    )
 
 
 def test_autocast(pair: tuple[Any, Any]) -> None:
@@ -497,25 +515,46 @@ def test_fewer_frames_than_rows_are_taken_once() -> None:
 
 def test_no_logits_no_caches_and_no_codec_in_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("thirty_two_codebooks").train()
-    config = CsmTrainingConfig(depth_fraction=0.5)
-    ours = accelerate(model, training=config)
-    monkeypatch.setattr(model.codec_model, "encode", None)
+    config = CsmTrainingConfig(depth_frames=5)
+    ours = accelerate(copy.deepcopy(model), training=config)
+    monkeypatch.setattr(ours.codec_model, "encode", None)
     batch = batch_of(model, config, (64, 64))
     from csm_kernels import loss
 
     rows, vocab = len(batch["depth_index"]), model.config.vocab_size
     monkeypatch.setattr(loss, "_WORKSPACE_CPU", 4 * rows * vocab * 4)  # four codebooks at a time
-    saved: list[int] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
-        out = ours(**batch)
+
+    def watched(which: Any, inputs: dict[str, Tensor]) -> tuple[Any, Watch, Watch, int]:
+        """Output, what forward and backward ran, and the most elements of a saved tensor that is no parameter."""
+        own = {p.untyped_storage().data_ptr() for p in which.parameters()}
+        saved: list[int] = []
+
+        def pack(t: Tensor) -> Tensor:
+            if t.untyped_storage().data_ptr() not in own:
+                saved.append(t.numel())
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), Watch() as forward:
+            out = which(**inputs)
+        with Watch() as backward:
+            out.loss.backward()
+        return out, forward, backward, max(saved)
+
+    out, forward, backward, saved = watched(ours, batch)
     assert out.logits is None
     assert out.depth_decoder_logits is None
     assert out.past_key_values is None
-    with Watch() as watch:
-        out.loss.backward()
-    # The stock head's backward fills a tensor of all matrices for every codebook.
-    assert "aten.select_backward.default" not in watch.names
-    assert not any("log_softmax" in name for name in watch.names)
+    head = model.depth_decoder.codebooks_head.weight.numel()
+    embeddings = batch["audio_codes"].numel() * model.config.hidden_size
+    # Neither a copy of the heads nor the embeddings of all frames' codes are made, and the backward has no tensor of all
+    # matrices per codebook: the stock one's select_backward.
+    assert saved < head < embeddings
+    assert forward.largest < embeddings
+    assert "aten.select_backward.default" not in backward.names
+    assert not any("log_softmax" in name for name in forward.names + backward.names)
+    _, forward, backward, saved = watched(model, stock_inputs(model, batch_of(model, ALL, (64, 64))))
+    assert saved >= head
+    assert sum(name == "aten.select_backward.default" for name in backward.names) >= 31
 
 
 def test_saved_bytes_are_a_fraction_of_stocks() -> None:
@@ -720,6 +759,22 @@ def test_accelerating_twice_and_copies(pair: tuple[Any, Any]) -> None:
     assert not any("forward" in module.__dict__ for module in copied.modules())
     twice.training_acceleration.restore()
     assert not any("forward" in module.__dict__ for module in twice.modules())
+
+
+def test_a_pickle_is_a_stock_model(pair: tuple[Any, Any]) -> None:
+    model, ours = pair
+    again = pickle.loads(pickle.dumps(ours))
+    assert again.training_acceleration is None
+    batch = batch_of(model, ALL)
+    inputs = stock_inputs(model, batch)
+    torch.testing.assert_close(again(**inputs).loss, model(**inputs).loss, rtol=0, atol=0)
+    assert again(**inputs).logits is not None
+    assert_same_losses(accelerate(again, training=ALL)(**batch), model(**inputs))
+    again.training_acceleration.restore()
+    again.eval()
+    prompt = text_prompt((4,))
+    fast = accelerate(again, progress=False).generate(**prompt, max_new_tokens=3, do_sample=False)
+    assert torch.equal(fast, stock(model.eval(), **prompt, max_new_tokens=3, do_sample=False))
 
 
 def test_without_labels_it_is_the_stock_model(pair: tuple[Any, Any]) -> None:

@@ -28,7 +28,7 @@ def bars(stages: dict[int, dict[str, Any]]) -> list[Bar]:
     Args:
         stages: number to the stage's pieces; a stage that has not run may be missing.
     """
-    timed, whole, started = (stages.get(number, {}) for number in (5, 6, 7))
+    timed, whole, started, trained = (stages.get(number, {}) for number in (5, 6, 7, 9))
 
     def frame(fmt: str, batch: int) -> float | None:
         """The faster driver's frame; only graphs count."""
@@ -46,12 +46,19 @@ def bars(stages: dict[int, dict[str, Any]]) -> list[Bar]:
         (whole.get(name) or {}).get("ms_per_frame") for name in ("ours, bfloat16", "stock ops in a CUDA graph")
     )
     many = frame("bfloat16", 16)
+    step, all_frames = (
+        (trained.get(f"step, {name}") or {}).get("ms") for name in ("ours at 1/16", "stock at all frames")
+    )
     return [
         at_most("bf16, batch 1, ms per frame", 4.0, frame("bfloat16", 1), "ms"),
         at_least("bf16, batch 1, over stock ops in a CUDA graph", 2.0, port / ours if port and ours else None),
         at_most("int8, batch 1, ms per frame", 2.7, frame("int8", 1), "ms"),
         at_least("bf16, batch 16, times real time together", 150.0, None if many is None else 16 * 80.0 / many),
         at_most("cold start of the decode path", 10.0, (started.get("cold") or {}).get("cold_start_seconds"), "s"),
+        at_least(
+            "training step at 1/16 over stock at all frames", 3.0, all_frames / step if step and all_frames else None
+        ),
+        at_most("loss op over its traffic bound", 2.0, (trained.get("loss") or {}).get("over_bound"), "times"),
     ]
 
 

@@ -224,10 +224,8 @@ def modification(model: Any) -> str | None:
     ):
         return "generate() is overridden"
     for name in _OVERRIDABLE:
-        own = model.__dict__.get(name)
-        if (own is not None and not hf_training.is_ours(own)) or getattr(type(model), name) is not getattr(
-            stock.CsmForConditionalGeneration, name
-        ):
+        changed = hf_training.is_changed(model) if name == "forward" else name in model.__dict__
+        if changed or getattr(type(model), name) is not getattr(stock.CsmForConditionalGeneration, name):
             return f"{name}() is overridden"
     known = (
         nn.Linear,
@@ -252,7 +250,7 @@ def modification(model: Any) -> str | None:
                 return f"{name} is a {type(module).__name__}"
             if _foreign_hooks(module):
                 return f"{name} has forward hooks"
-            if "forward" in module.__dict__ and not dropped and not hf_training.is_ours(module.__dict__["forward"]):
+            if hf_training.is_changed(module) and not dropped:
                 return f"{name}.forward is overridden"
             devices |= {weight.device for weight in module.parameters(recurse=False) if not dropped}
     if len(devices) > 1:

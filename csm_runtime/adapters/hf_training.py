@@ -37,7 +37,7 @@ Changes = list[tuple[nn.Module, Any]]
 
 
 def install(model: Any, fused_layers: bool) -> Changes:
-    """Put the functions below on a model's modules."""
+    """Put the functions below on a model's modules. A deep copy has its own, a pickle is a stock model."""
     global stock  # noqa: PLW0603
     from transformers.models.csm import modeling_csm as stock
 
@@ -53,7 +53,7 @@ def install(model: Any, fused_layers: bool) -> Changes:
     for root in (model.backbone_model, model.depth_decoder.model):
         for module in root.modules():
             for kind, function in kinds.items():
-                if isinstance(module, kind) and "forward" not in module.__dict__:
+                if isinstance(module, kind) and not is_changed(module):
                     put(module, function)
     put(model.depth_decoder, _depth_forward)
     if _takes_targets(model.lm_head):
@@ -71,6 +71,13 @@ def remove(changes: Changes) -> None:
             module.__dict__.pop("forward", None)
         else:
             module.__dict__["forward"] = before
+
+
+def is_changed(module: Any) -> bool:
+    """Whether something else than its class's stands on a module as ``forward``, ours excepted."""
+    own = module.__dict__.get("forward")
+    # A pickle of a model of ours comes back with the methods of its class where ours stood.
+    return own is not None and not is_ours(own) and getattr(own, "__func__", None) is not type(module).forward
 
 
 def is_ours(forward: Any) -> bool:
@@ -403,9 +410,7 @@ def _head_forward(
     """Of the codebooks' heads: the loss with ``loss_targets`` ``[M, K - 1]``, else stock."""
     if loss_targets is None:
         return type(self).forward(self, hidden_states, codebook_indices)
-    return fused_codebook_linear_cross_entropy(
-        _matching(hidden_states, self.weight), self.weight, loss_targets, row_weight=row_weight, z_loss=z_loss
-    ).loss
+    return _fused(hidden_states, self.weight, loss_targets, row_weight, z_loss)
 
 
 def _linear_head_forward(
@@ -418,15 +423,15 @@ def _linear_head_forward(
     """Of codebook 0's head: the loss with ``loss_targets`` ``[M, 1]``, else stock."""
     if loss_targets is None:
         return type(self).forward(self, hidden_states)
-    weight = self.weight.t()[None]
-    return fused_codebook_linear_cross_entropy(
-        _matching(hidden_states, weight), weight, loss_targets, row_weight=row_weight, z_loss=z_loss
-    ).loss
+    return _fused(hidden_states, self.weight.t()[None], loss_targets, row_weight, z_loss)
 
 
-def _matching(hidden: Tensor, weight: Tensor) -> Tensor:
-    """States in the head's dtype, as autocast would have them for the products of a stock head."""
-    return hidden if torch.is_autocast_enabled(hidden.device.type) else hidden.to(weight.dtype)
+def _fused(hidden: Tensor, weight: Tensor, targets: Tensor, row_weight: Tensor | None, z_loss: float) -> Tensor:
+    if not torch.is_autocast_enabled(hidden.device.type):
+        hidden = hidden.to(weight.dtype)
+    if row_weight is not None and hidden.dtype == torch.float64:
+        row_weight = row_weight.double()
+    return fused_codebook_linear_cross_entropy(hidden, weight, targets, row_weight=row_weight, z_loss=z_loss).loss
 
 
 # ------------------------------------------------------------------------------------------------------------- layers
@@ -438,6 +443,8 @@ def _left_to_inductor(x: Tensor) -> bool:
 
 
 def _norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
+    if hidden_states.dtype == torch.float64:
+        return type(self).forward(self, hidden_states)
     if _left_to_inductor(hidden_states):
         out = rms_norm_ref(hidden_states, self.weight, self.variance_epsilon).to(hidden_states.dtype)
     else:
@@ -446,7 +453,7 @@ def _norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
 
 
 def _mlp_forward(self: Any, x: Tensor) -> Tensor:
-    if getattr(self.config, "hidden_act", None) not in ("silu", "swish"):
+    if getattr(self.config, "hidden_act", None) not in ("silu", "swish") or x.dtype == torch.float64:
         return type(self).forward(self, x)
     gate, up, down = self.gate_proj(x), self.up_proj(x), self.down_proj
     if _left_to_inductor(x):
@@ -466,7 +473,8 @@ def _attention_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Stock's, with queries and keys rotated by one kernel each, which on a CPU would be no gain."""
-    if not hidden_states.is_cuda or position_embeddings is None or self.head_dim % 2:
+    ours = hidden_states.is_cuda and hidden_states.dtype != torch.float64 and self.head_dim % 2 == 0
+    if not ours or position_embeddings is None:
         return type(self).forward(
             self,
             hidden_states,
@@ -515,7 +523,7 @@ def _rotated_attention(
 
 
 _OURS = frozenset(
-    {
+    (
         _forward,
         _depth_forward,
         _head_forward,
@@ -523,5 +531,7 @@ _OURS = frozenset(
         _norm_forward,
         _mlp_forward,
         _attention_forward,
-    }
+    )
 )
+for _function in _OURS:
+    _function.__name__ = "forward"  # a pickle holds a bound method by its name: that of the stock one

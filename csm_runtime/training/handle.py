@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -59,6 +60,15 @@ class TrainingAcceleration:
         self._frozen = [p for p in model.codec_model.parameters() if p.requires_grad]
         for parameter in self._frozen:
             parameter.requires_grad_(False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()  # a pickle of the model is a stock model: accelerate it again in its new process
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TrainingAcceleration:
+        twin = TrainingAcceleration.__new__(TrainingAcceleration)
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
 
     def next_draw(self) -> Tensor:
         """Number of a draw that the model makes for itself, for a batch that came without one."""

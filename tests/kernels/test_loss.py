@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 from csm_kernels import loss
 from csm_kernels._target import interpreting
@@ -383,6 +384,11 @@ def test_targets_are_checked_on_request(device: torch.device, monkeypatch: pytes
         fused_codebook_linear_cross_entropy(*case[:3], vocab_size=60)
     case.targets[3, 2] = 59
     assert call().loss.isfinite()
+    case.targets[4, 1], case.targets[0, 0] = -1, IGNORE
+    assert case.row_weight is not None and case.row_weight[4] == 0  # a row that adds nothing may hold anything
+    assert fused_codebook_linear_cross_entropy(*case[:3], row_weight=case.row_weight).loss.isfinite()
+    with pytest.raises(IndexError, match=r"targets\[4, 1\] is -1"):
+        call()
 
 
 @pytest.mark.parametrize("name", ["hidden", "weight", "targets", "row_weight"])
@@ -737,7 +743,9 @@ def test_nothing_but_the_inputs_is_kept(device: torch.device) -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        fused_codebook_linear_cross_entropy(hidden, weight, case.targets, row_weight=case.row_weight)
+        out = fused_codebook_linear_cross_entropy(hidden, weight, case.targets, row_weight=case.row_weight)
+    assert "options" in vars(out.loss.grad_fn)
+    assert not [v for v in tree_leaves(vars(out.loss.grad_fn)) if isinstance(v, Tensor)]
     known = {t.data_ptr() for t in case if t is not None}
     assert sum(t.numel() for t in kept if t.data_ptr() not in known) == case.targets.numel()  # log-sum-exps
     assert {hidden.data_ptr(), weight.data_ptr()} <= {t.data_ptr() for t in kept}
