@@ -286,8 +286,8 @@ def arms_of(quick: bool, cost: dict[str, float]) -> list[Arm]:
     few = 1 / 16
     if quick:
         return [
-            Arm("1/16, drawn anew", few, 200, sequences=32),
-            Arm("1/16, frozen", few, 200, frozen=True, sequences=32),
+            Arm("1/16, drawn anew", few, 120, sequences=32),
+            Arm("1/16, frozen", few, 120, frozen=True, sequences=32),
         ]
     budget = 300 * cost["1/16"]
     found = [Arm("1/16", few, 300, seed) for seed in (0, 1)]

@@ -269,7 +269,7 @@ def measure(shape: str, args: argparse.Namespace, skipped: dict[str, str]) -> di
     for variant in variants:
         row = {"variant": variant, "seconds": min(times[variant]), "median_seconds": statistics.median(times[variant])}
         row |= {"loss": losses[variant], "saved_bytes": steps.saved_bytes(variant)}
-        row["peak_bytes"] = peak_bytes(variant, shape, args.inputs)
+        row["peak_bytes"] = None if args.no_peak else peak_bytes(variant, shape, args.inputs)
         if args.profile:
             row["top"] = profile(steps, variant)
         rows.append(row)
@@ -305,14 +305,10 @@ def show(result: dict[str, Any]) -> None:
             table.add_column(name, justify="left" if name == "variant" else "right")
         stock = shape["variants"][0]
         for row in shape["variants"]:
-            figures = (
-                row["seconds"] * 1e3,
-                row["median_seconds"] * 1e3,
-                row["saved_bytes"] / 1e6,
-                row["peak_bytes"] / 1e6,
-            )
+            figures = (row["seconds"] * 1e3, row["median_seconds"] * 1e3, row["saved_bytes"] / 1e6)
+            peak = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.1f}"
             ratios = (stock["seconds"] / row["seconds"], stock["saved_bytes"] / row["saved_bytes"])
-            table.add_row(row["variant"], *(f"{x:.1f}" for x in figures), *(f"{x:.2f}x" for x in ratios))
+            table.add_row(row["variant"], *(f"{x:.1f}" for x in figures), peak, *(f"{x:.2f}x" for x in ratios))
         console.print(table)
         for what, value in shape["relative_loss_difference"].items():
             console.print(f"loss of ours against stock's, {what}: relative difference {value:.1e}", highlight=False)
@@ -342,7 +338,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     for line, shape in zip(axes, result["shapes"]):
         names = [row["variant"] for row in shape["variants"]]
         for axis, (key, scale, title) in zip(line, kinds):
-            drawn = axis.barh(names, [row[key] * scale for row in shape["variants"]])
+            drawn = axis.barh(names, [(row[key] or 0) * scale for row in shape["variants"]])
             for patch, name in zip(drawn.patches, names):
                 patch.set_color("C1" if name.startswith("ours") else "C0" if name.startswith("stock") else "0.6")
             axis.bar_label(drawn, fmt="%.0f", padding=2, fontsize=8)
@@ -370,6 +366,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--inputs", choices=["codes", "embeds"], default="codes", help="embeds leaves the backbone's embedding out"
     )
+    parser.add_argument("--no-peak", action="store_true", help="leave out the peak memory, a process for every variant")
     parser.add_argument("--profile", action="store_true", help="the operators that take most of every variant's step")
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "results", help="folder of the JSON and PNG"

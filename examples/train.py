@@ -20,6 +20,7 @@ import os
 import shutil
 import signal
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -272,7 +273,7 @@ def state_of(model: Any, optimizer: Any, schedule: Any, step: int, seed: int) ->
 def save_checkpoint(folder: Path, state: dict[str, Any], ranks: Ranks) -> None:
     """Save, and keep the two last."""
     path = folder / "checkpoints" / f"step-{state['step']:08d}"
-    dcp.save(state, checkpoint_id=str(path), no_dist=not dist.is_initialized())
+    dcp.save(state, checkpoint_id=str(path))
     ranks.wait()
     for old in checkpoints(folder)[:-2] if ranks.own == 0 else ():
         shutil.rmtree(old)
@@ -294,7 +295,7 @@ def load_checkpoint(folder: Path, model: Any, optimizer: Any, schedule: Any, arg
                 f"--resume: the run had --{name.replace('_', '-')} {before[name]}, now it is {getattr(args, name)}"
             )
     state = state_of(model, optimizer, schedule, 0, args.seed)
-    dcp.load(state, checkpoint_id=str(found[-1]), no_dist=not dist.is_initialized())
+    dcp.load(state, checkpoint_id=str(found[-1]))
     set_state_dict(
         model,
         optimizer,
@@ -312,6 +313,8 @@ def save_model(csm: Any, peft: Any, wrapped: Any, processor: Any, args: argparse
     state = None
     if args.fsdp:
         state = get_model_state_dict(wrapped, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        if csm.config.tie_codebooks_embeddings:  # gathered, the two are no longer one tensor
+            state.pop("backbone_model.embed_tokens.embed_audio_tokens.weight", None)
     if ranks.own:
         return
     if peft is not None:
@@ -327,6 +330,7 @@ def save_model(csm: Any, peft: Any, wrapped: Any, processor: Any, args: argparse
 def main(argv: Sequence[str] | None = None) -> int:
     """Train; returns the exit code, 1 if it was interrupted and has saved a checkpoint."""
     args = parse(argv)
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process saves by itself
     ranks = Ranks(args.device)
     first = ranks.own == 0
     torch.manual_seed(args.seed)

@@ -83,6 +83,18 @@ def sharded(model: Any, dtype: torch.dtype | None = None) -> Any:
     return fully_shard(model, mp_policy=policy)
 
 
+def sharded_to_the_heads(model: Any) -> Any:
+    """Every module with weights of its own a unit, so that none is whole but in its own forward."""
+    from torch.distributed.fsdp import fully_shard
+
+    depth, backbone = model.depth_decoder, model.backbone_model
+    units = [*backbone.layers, *depth.model.layers, backbone.embed_tokens, depth.model.embed_tokens]
+    units += [depth.model.inputs_embeds_projector, depth.codebooks_head, model.lm_head, model.embed_text_tokens]
+    for module in (*units, depth, model):
+        fully_shard(module)
+    return model
+
+
 def replicated(model: Any) -> Any:
     return DistributedDataParallel(model)
 
@@ -155,6 +167,7 @@ def main() -> None:
         cases[f"{kind}, not shared"] = lambda w=wrap: gradients_match(rank, w, [30, 6], 1.0, shared=False)
         cases[f"{kind}, tied"] = lambda w=wrap: gradients_match(rank, w, [30, 6], 0.25, name="tied")
         cases[f"{kind}, accumulation"] = lambda w=wrap: gradients_match(rank, w, [30, 6], 0.25, micro_steps=2)
+    cases["FSDP2, to the heads"] = lambda: gradients_match(rank, sharded_to_the_heads, [30, 6], 0.25)
     cases["FSDP2, bf16"] = lambda: gradients_match(rank, lambda m: sharded(m, torch.bfloat16), [30, 6], 0.25)
     cases["resume"] = lambda: resumes(rank, folder)
     found = {name: case() for name, case in cases.items()}

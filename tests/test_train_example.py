@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -138,8 +142,6 @@ def test_resume_gives_the_same_losses(train: Any, run: Any, tmp_path: Path, monk
 
 
 def test_interrupt_saves(train: Any, run: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    import os
-    import signal
 
     whole = run("whole")
     step, calls = train.train_step, []
@@ -198,3 +200,27 @@ def test_bad_arguments(train: Any, run: Any, tmp_path: Path, capsys: pytest.Capt
         with pytest.raises(SystemExit):
             run("bad", *arguments)
         assert arguments[0] in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_ranks_sharded_are_one_process(run: Any, tiny: Path, codes: Path, tmp_path: Path) -> None:
+    """Under torchrun with FSDP the losses are those of one process with the batch of both."""
+    data = tmp_path / "four.jsonl"
+    texts = ("One.", "Twice two.", "Three.", "And another four.")
+    data.write_text("".join(json.dumps({"audio": str(CLIP), "text": text}) + "\n" for text in texts))
+    same = ["--val-data", str(data), "--depth-fraction", "1", "--steps", "2", "--val-every", "1"]
+    alone = run("alone", *same, source=data)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(ROOT / "examples" / "train.py"), "--fsdp", "--model", str(tiny), "--data", str(data), *same]
+    command += ["--out", str(tmp_path / "two"), "--cache", str(codes), "--device", "cpu", "--batch-size", "1"]
+    command += ["--warmup", "1", "--lr", "1e-3", "--noise-every", "0"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run(command, env=environment, check=True, timeout=120, capture_output=True)
+    two = [json.loads(line) for line in (tmp_path / "two" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in two] == [line["step"] for line in alone]
+    for ours, expected in zip(two, alone):
+        for name, value in expected.items():
+            if name != "seconds":
+                assert ours[name] == pytest.approx(value, rel=1e-5), name
+    saved = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("alone", "two")]
+    assert saved[0].keys() == saved[1].keys()

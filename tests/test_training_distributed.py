@@ -55,6 +55,11 @@ def test_gradients_are_those_of_one_process(errors: list[dict[str, float]], kind
     assert max(found[f"{kind}, {case}"] for found in errors) < 1e-5
 
 
+def test_heads_and_embeddings_may_be_units_of_their_own(errors: list[dict[str, float]]) -> None:
+    """The loss reads a head inside that head's own call, where its weight is whole."""
+    assert max(found["FSDP2, to the heads"] for found in errors) < 1e-5
+
+
 @pytest.mark.parametrize("kind", ["DDP", "FSDP2"])
 def test_means_per_rank_would_not_do(errors: list[dict[str, float]], kind: str) -> None:
     """The control: without share_counts ranks of 30 and of 6 frames weigh the same."""

@@ -41,5 +41,5 @@ def share_counts(batches: Sequence[MutableMapping[str, Any]], group: Any = None)
         totals = shared.cpu()
     for batch in batches:
         for name, total in zip(COUNTS, totals):
-            batch[name] = total.clone()
+            batch[name] = total.to(batch[name].device, non_blocking=True)
         batch["num_ranks"] = torch.tensor(ranks)
