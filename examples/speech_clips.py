@@ -96,7 +96,7 @@ def package_clips(folder: Path) -> list[Clip]:
     """The recordings of Debian's packages, fetched where ``folder`` does not have them yet.
 
     Raises:
-        Unreachable: no apt, no network or no decoder.
+        Unreachable: no apt, no network, no decoder or no place to keep them.
     """
     try:
         need("av", "train")
@@ -133,8 +133,11 @@ def _unpacked(language: str, folder: Path) -> Path:
     final = folder / package
     if final.is_dir():
         return final
-    folder.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f"{package}.", dir=folder))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f"{package}.", dir=folder))
+    except OSError as error:
+        raise Unreachable(f"{folder} cannot be written to: {error}") from error
     try:
         _run(["apt-get", "-q", "download", package], work)
         (archive,) = work.glob("*.deb")

@@ -156,6 +156,13 @@ def test_without_packages_the_repository_stands_in(
     assert said.count("\n") == 1 and "12 clips of the repository" in said and reason[failure] in said
 
 
+def test_a_folder_that_cannot_be_made(clips: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(clips, "need", lambda module, extra="cli": importlib.import_module("types"))
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(clips.Unreachable, match="file/speech cannot be written to"):
+        clips.package_clips(tmp_path / "file" / "speech")
+
+
 def test_packages_are_read_by_voice(clips: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Unpacked packages as Debian lays them out, with a decoder that gives the file's length in samples."""
     for language in clips.VOICES:

@@ -36,7 +36,8 @@ def data(demo: Any) -> tuple[list[Any], list[Any]]:
 
 
 @pytest.mark.slow
-def test_from_clips_to_checkpoint(demo: Any, tmp_path: Path) -> None:
+def test_from_clips_to_checkpoint(demo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "POSITIONS_PER_BATCH", 512)
     options = demo.Options(out=tmp_path, steps=12, evaluate_every=4, learning_rate=2e-2)
     metrics = demo.run(options)
     assert json.loads((tmp_path / "checkpoint" / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
