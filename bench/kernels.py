@@ -34,6 +34,7 @@ from torch.nn import functional
 from csm_kernels.attention import attention_step, attention_step_ref
 from csm_kernels.embed import embed_frame, embed_frame_ref
 from csm_kernels.gemv import gemv, gemv_streamed, gemv_swiglu
+from csm_kernels.loss import fused_codebook_linear_cross_entropy
 from csm_kernels.norm import rms_norm, rms_norm_ref
 from csm_kernels.quant import QuantWeight, dequantize, quantize
 from csm_kernels.rope import apply_rope, apply_rope_ref
@@ -46,7 +47,7 @@ from csm_runtime.doctor import machine
 ROOT = Path(__file__).parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
-OPS = ("norm", "rope", "swiglu", "gemv", "attention", "embed", "sampling", "rvq")
+OPS = ("norm", "rope", "swiglu", "gemv", "attention", "embed", "sampling", "rvq", "loss")
 
 
 class Case(NamedTuple):
@@ -286,6 +287,37 @@ def rvq_case(frames: int) -> Case:
     return Case("rvq", f"rvq 32 codes x {frames} frames fp32", size, 2 * 2 * 512 * 256 * frames, make)
 
 
+def loss_case(rows: int, width: int, dtype: torch.dtype) -> Case:
+    """Forward and backward of all heads' losses; the bound reads states and matrices twice and writes both gradients."""
+    books, vocab = 31, 2051
+
+    def make() -> dict[str, Callable[[], Any]]:
+        with torch.inference_mode(False):  # what autograd is to use must not be made in it
+            hidden = normal(rows, books, width, dtype=dtype).requires_grad_()
+            weight = (normal(books, width, vocab, dtype=dtype) / width**0.5).requires_grad_()
+            targets = torch.randint(vocab, (rows, books), device=DEVICE)
+
+        def stock(x: Tensor, w: Tensor) -> Tensor:
+            """``CsmCodebooksHead`` of transformers and its loss, as a sum."""
+            picked = w[torch.arange(books, device=DEVICE)]
+            logits = torch.stack([functional.linear(x[:, k], picked[k].T) for k in range(books)], dim=1)
+            return functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
+
+        def both(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], Any]:
+            def run() -> Any:
+                with torch.inference_mode(False), torch.enable_grad():
+                    return torch.autograd.grad(function(hidden, weight), (hidden, weight))
+
+            return run
+
+        ours = both(lambda x, w: fused_codebook_linear_cross_entropy(x, w, targets).loss)
+        return {"ours": ours, "eager": both(stock), "compile": both(compiled(stock))}
+
+    size = 3 * dtype.itemsize * books * width * (rows + vocab)
+    name = f"loss {rows} x {books} x {width} x {vocab} {'bf16' if dtype == torch.bfloat16 else 'fp32'}, both ways"
+    return Case("loss", name, size, 8 * rows * books * width * vocab, make)
+
+
 CASES = [
     norm_case(1, 2048),
     norm_case(512, 2048),
@@ -304,6 +336,7 @@ CASES = [
     sampling_case(2051, 50, 1.0),
     rvq_case(1),
     rvq_case(125),
+    loss_case(128, 1024, torch.bfloat16) if ON_GPU else loss_case(16, 256, torch.float32),
 ]
 
 
