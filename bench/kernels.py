@@ -362,7 +362,7 @@ def test_speed(case: Case, benchmark: Any) -> None:
     chosen = os.environ.get("CSM_BENCH_OPS")
     if chosen and case.op not in chosen.split():
         pytest.skip("not asked for")
-    rounds = 15 if ON_GPU else 41
+    rounds = 15 if ON_GPU else 7 if case.op == "loss" else 41  # the stock head takes seconds
     with torch.inference_mode():
         made = case.make()
         for function in made.values():
