@@ -6,6 +6,7 @@ Run as ``python distributed_training.py RANK WORLD PORT FOLDER``; writes ``rankN
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
 import sys
@@ -77,21 +78,23 @@ def worst(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
 def sharded(model: Any, dtype: torch.dtype | None = None) -> Any:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    policy = MixedPrecisionPolicy(param_dtype=dtype) if dtype is not None else MixedPrecisionPolicy()
+    policy = MixedPrecisionPolicy(param_dtype=dtype)
     for layer in (*model.backbone_model.layers, *model.depth_decoder.model.layers):
         fully_shard(layer, mp_policy=policy)
     return fully_shard(model, mp_policy=policy)
 
 
-def sharded_to_the_heads(model: Any) -> Any:
+def sharded_to_the_heads(model: Any, dtype: torch.dtype | None = None) -> Any:
     """Every module with weights of its own a unit, so that none is whole but in its own forward."""
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    policy = MixedPrecisionPolicy(param_dtype=dtype)
 
     depth, backbone = model.depth_decoder, model.backbone_model
     units = [*backbone.layers, *depth.model.layers, backbone.embed_tokens, depth.model.embed_tokens]
     units += [depth.model.inputs_embeds_projector, depth.codebooks_head, model.lm_head, model.embed_text_tokens]
     for module in (*units, depth, model):
-        fully_shard(module)
+        fully_shard(module, mp_policy=policy)
     return model
 
 
@@ -169,6 +172,8 @@ def main() -> None:
         cases[f"{kind}, accumulation"] = lambda w=wrap: gradients_match(rank, w, [30, 6], 0.25, micro_steps=2)
     cases["FSDP2, to the heads"] = lambda: gradients_match(rank, sharded_to_the_heads, [30, 6], 0.25)
     cases["FSDP2, bf16"] = lambda: gradients_match(rank, lambda m: sharded(m, torch.bfloat16), [30, 6], 0.25)
+    low = functools.partial(sharded_to_the_heads, dtype=torch.bfloat16)
+    cases["FSDP2, bf16 to the heads"] = lambda: gradients_match(rank, low, [30, 6], 0.25)
     cases["resume"] = lambda: resumes(rank, folder)
     found = {name: case() for name, case in cases.items()}
     (folder / f"rank{rank}.json").write_text(json.dumps(found))

@@ -674,6 +674,28 @@ def test_gradient_checkpointing(pair: tuple[Any, Any]) -> None:
         torch.testing.assert_close(grad, wanted[name], rtol=1e-5, atol=1e-7)
 
 
+class Wrapped(torch.nn.Module):
+    """A head that is not the stock one and knows nothing of losses, as a quantised one."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any) -> Tensor:
+        return self.inner(*args)
+
+
+@pytest.mark.parametrize("name", ["base", "two_codebooks"])
+def test_heads_of_another_kind_give_logits(name: str) -> None:
+    model = build(name).train()
+    config = CsmTrainingConfig(depth_fraction=0.5, z_loss=0.01)
+    batch = batch_of(model, config)
+    wanted = accelerate(copy.deepcopy(model), training=config)(**batch)
+    model.lm_head = Wrapped(model.lm_head)
+    model.depth_decoder.codebooks_head = Wrapped(model.depth_decoder.codebooks_head)
+    assert_same_losses(accelerate(model, training=config)(**batch), wanted)
+
+
 LORA: dict[str, dict[str, Any]] = {
     "attention and MLP": dict(target_modules=["q_proj", "v_proj", "gate_proj", "down_proj"]),
     "head of codebook 0": dict(target_modules=["q_proj", "lm_head"]),

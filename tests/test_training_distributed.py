@@ -66,9 +66,10 @@ def test_means_per_rank_would_not_do(errors: list[dict[str, float]], kind: str) 
     assert min(found[f"{kind}, not shared"] for found in errors) > 0.05
 
 
-def test_mixed_precision_of_fsdp(errors: list[dict[str, float]]) -> None:
-    """FSDP casts what floats in the inputs; counts and draws are integers."""
-    assert 0 < max(found["FSDP2, bf16"] for found in errors) < 0.1
+@pytest.mark.parametrize("case", ["bf16", "bf16 to the heads"])
+def test_mixed_precision_of_fsdp(errors: list[dict[str, float]], case: str) -> None:
+    """FSDP casts what floats in the inputs of every unit; counts, draws and weights come through."""
+    assert 0 < max(found[f"FSDP2, {case}"] for found in errors) < 0.1
 
 
 def test_resume_from_a_distributed_checkpoint_is_exact(errors: list[dict[str, float]]) -> None:

@@ -86,7 +86,9 @@ def is_ours(forward: Any) -> bool:
 
 
 def _takes_targets(head: nn.Module) -> bool:
-    return isinstance(head, (nn.Linear, stock.CsmCodebooksHead)) and getattr(head, "bias", None) is None
+    """Whether a head is a plain matrix; one that is quantised, or anything else, gives logits and is left as it is."""
+    plain = isinstance(head, (nn.Linear, stock.CsmCodebooksHead)) and getattr(head, "bias", None) is None
+    return plain and bool(head.get_parameter("weight").is_floating_point())
 
 
 class _NoCache:
@@ -331,8 +333,10 @@ def _depth_loss(
     if weight is not None:
         # A row that does not count may hold anything; what is computed of it is finite, and then weighed with 0.
         rows = torch.where((weight > 0)[:, None], rows, IGNORED)
+    # As bits: FSDP's mixed precision rounds what floats in a unit's inputs.
+    bits = None if weight is None else weight.view(torch.int32)
     return model.depth_decoder(
-        backbone_last_hidden_state=before, frame_targets=rows, row_weight=weight, z_loss=config.z_loss
+        backbone_last_hidden_state=before, frame_targets=rows, row_weight_bits=bits, z_loss=config.z_loss
     )
 
 
@@ -351,7 +355,7 @@ def _depth_forward(
     use_cache: bool | None = None,
     logits_to_keep: int | Tensor = 0,
     frame_targets: Tensor | None = None,
-    row_weight: Tensor | None = None,
+    row_weight_bits: Tensor | None = None,
     z_loss: float = 0.0,
     **kwargs: Any,
 ) -> Any:
@@ -379,24 +383,28 @@ def _depth_forward(
     if cache is None and rows == x.shape[1]:
         x = functional.pad(x, (0, 0, 0, 0, 0, 1))  # see _NoCache: any other number of rows will do
     hidden = self.model(inputs_embeds=x, past_key_values=cache, use_cache=False)[0][:rows]
-    return _head_loss(self.codebooks_head, hidden[:, 1:], frame_targets[:, 1:], row_weight, z_loss)
+    books = torch.arange(1, x.shape[1], device=x.device)
+    return _head_loss(self.codebooks_head, hidden[:, 1:], frame_targets[:, 1:], row_weight_bits, z_loss, books)
 
 
-def _head_loss(head: nn.Module, hidden: Tensor, targets: Tensor, row_weight: Tensor | None, z_loss: float) -> Tensor:
+def _head_loss(
+    head: nn.Module,
+    hidden: Tensor,
+    targets: Tensor,
+    row_weight_bits: Tensor | None,
+    z_loss: float,
+    codebook_indices: Tensor | None = None,
+) -> Tensor:
     """The fused loss where the head is a stock one, inside its own call; from its logits where it is not (LoRA)."""
     inner = getattr(head, "original_module", head)  # PEFT's modules_to_save hand on what their copy is called with
     if is_ours(inner.__dict__.get("forward")):
-        return head(hidden, loss_targets=targets, row_weight=row_weight, z_loss=z_loss)
-    if hidden.shape[1] == 1:
-        logits = head(hidden)
-    else:
-        logits = head(hidden, torch.arange(1, hidden.shape[1] + 1, device=hidden.device))
-    logits = logits.float()
+        return head(hidden, loss_targets=targets, row_weight_bits=row_weight_bits, z_loss=z_loss)
+    logits = (head(hidden) if codebook_indices is None else head(hidden, codebook_indices)).float()
     nll = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORED)
     nll = nll.view(targets.shape)
     if z_loss:
         nll = nll + z_loss * torch.where(targets != IGNORED, logits.logsumexp(-1).square(), 0.0)
-    return nll.sum() if row_weight is None else (nll * row_weight[:, None]).sum()
+    return nll.sum() if row_weight_bits is None else (nll * row_weight_bits.view(torch.float32)[:, None]).sum()
 
 
 def _head_forward(
@@ -404,29 +412,30 @@ def _head_forward(
     hidden_states: Tensor,
     codebook_indices: Tensor | None = None,
     loss_targets: Tensor | None = None,
-    row_weight: Tensor | None = None,
+    row_weight_bits: Tensor | None = None,
     z_loss: float = 0.0,
 ) -> Tensor:
     """Of the codebooks' heads: the loss with ``loss_targets`` ``[M, K - 1]``, else stock."""
     if loss_targets is None:
         return type(self).forward(self, hidden_states, codebook_indices)
-    return _fused(hidden_states, self.weight, loss_targets, row_weight, z_loss)
+    return _fused(hidden_states, self.weight, loss_targets, row_weight_bits, z_loss)
 
 
 def _linear_head_forward(
     self: Any,
     hidden_states: Tensor,
     loss_targets: Tensor | None = None,
-    row_weight: Tensor | None = None,
+    row_weight_bits: Tensor | None = None,
     z_loss: float = 0.0,
 ) -> Tensor:
     """Of codebook 0's head: the loss with ``loss_targets`` ``[M, 1]``, else stock."""
     if loss_targets is None:
         return type(self).forward(self, hidden_states)
-    return _fused(hidden_states, self.weight.t()[None], loss_targets, row_weight, z_loss)
+    return _fused(hidden_states, self.weight.t()[None], loss_targets, row_weight_bits, z_loss)
 
 
-def _fused(hidden: Tensor, weight: Tensor, targets: Tensor, row_weight: Tensor | None, z_loss: float) -> Tensor:
+def _fused(hidden: Tensor, weight: Tensor, targets: Tensor, row_weight_bits: Tensor | None, z_loss: float) -> Tensor:
+    row_weight = None if row_weight_bits is None else row_weight_bits.view(torch.float32)
     if not torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(weight.dtype)
     if row_weight is not None and hidden.dtype == torch.float64:
