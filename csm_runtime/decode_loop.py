@@ -13,9 +13,18 @@ from torch import Tensor
 
 from csm_runtime.adapters import hf_call
 from csm_runtime.engine import Engine
+from csm_runtime.kv import Fault
 from csm_runtime.metrics import Metrics
 
 logger = logging.getLogger("csm_runtime")
+
+
+class FrameFault(RuntimeError):
+    """What a frame's own checks on the device found."""
+
+    def __init__(self, fault: Fault) -> None:
+        super().__init__(str(fault))
+        self.fault = fault
 
 
 class _Frame(NamedTuple):
@@ -25,8 +34,8 @@ class _Frame(NamedTuple):
     """``[N, codebooks]`` int64."""
     ended: Tensor
     """``[N]`` bool: rows whose speech has ended in this frame or before it."""
-    timed_out: Tensor
-    """``[1]`` bool: a grid barrier gave up, the codes mean nothing."""
+    faults: Tensor
+    """``[1]`` int32, see :class:`~csm_runtime.kv.Fault`: where it is not 0 the codes mean nothing."""
 
 
 class _Mailbox:
@@ -43,7 +52,7 @@ class _Mailbox:
         cuda = device.type == "cuda"
         self._device = device
         self._ended = torch.empty(slots, rows, dtype=torch.bool, pin_memory=cuda)
-        self._timed_out = torch.empty(slots, 1, dtype=torch.bool, pin_memory=cuda)
+        self._faults = torch.empty(slots, 1, dtype=torch.int32, pin_memory=cuda)
         self._codes = torch.empty(slots, rows, codebooks, dtype=torch.int64, pin_memory=cuda)
         self._arrivals = [torch.cuda.Event() for _ in range(slots)] if cuda else []
 
@@ -51,7 +60,7 @@ class _Mailbox:
         """Enqueue the copies of frame ``index``, without waiting for them."""
         slot = index % len(self._ended)
         self._ended[slot].copy_(frame.ended, non_blocking=True)
-        self._timed_out[slot].copy_(frame.timed_out, non_blocking=True)
+        self._faults[slot].copy_(frame.faults, non_blocking=True)
         if self._codes.numel():
             self._codes[slot].copy_(frame.codes, non_blocking=True)
         if self._arrivals:
@@ -61,13 +70,13 @@ class _Mailbox:
         """Wait for frame ``index``: whether every row's speech has ended by then.
 
         Raises:
-            RuntimeError: what the device raises, or a grid barrier of that frame timed out.
+            RuntimeError: what the device raises, or what the frame's own checks found.
         """
         slot = index % len(self._ended)
         if self._arrivals:
             self._arrivals[slot].synchronize()
-        if self._timed_out[slot].item():
-            raise RuntimeError("a grid barrier of the fused decode kernel timed out")
+        if self._faults[slot].item():
+            raise FrameFault(Fault(int(self._faults[slot])))
         return bool(self._ended[slot].all())
 
     def codes(self, index: int) -> Tensor:
@@ -172,7 +181,7 @@ class DecodeLoop:
                 self._set_up()
             codes = self._engine.next_frame(self.runner, first=index == 0)[:rows].clone()
             state = self.runner.state
-            frame = _Frame(codes, state.ended[:rows].clone(), state.timed_out.clone())
+            frame = _Frame(codes, state.ended[:rows].clone(), state.faults.clone())
             self._mailbox.post(index, frame)
             self._in_flight.append(frame)
         except Exception as error:  # whatever broke, the caller's audio goes on

@@ -15,7 +15,7 @@ from csm_kernels.norm import rms_norm_ref
 from csm_kernels.sampling import NoiseKey, SamplingParams
 from csm_runtime import compiling, fused, graphs
 from csm_runtime.adapters.spec import ModelSpec, RotaryTables, StackSpec
-from csm_runtime.kv import State
+from csm_runtime.kv import Fault, State
 from csm_runtime.metrics import Metrics
 from csm_runtime.steps import (
     COMPILED_OPS,
@@ -65,6 +65,19 @@ class _Window(NamedTuple):
     caches: list[tuple[Tensor, Tensor]]
 
 
+class Trace(NamedTuple):
+    """One frame as it was made: what a check needs to make it again. Rows as in the call, on the model's device."""
+
+    hidden: Tensor
+    """``[N, D]`` fp32, the backbone's normalised hidden state."""
+    codes: Tensor
+    """``[N, codebooks]`` int64, as delivered: rows that had ended before hold pads."""
+    first_logits: Tensor
+    """``[N, vocab]`` fp32, what codebook 0 was drawn from."""
+    logits: Tensor
+    """``[N, codebooks - 1, depth_vocab]`` fp32, what the others were drawn from."""
+
+
 class _Runner:
     """The steps and the state of one batch bucket."""
 
@@ -95,6 +108,25 @@ class _Runner:
         self.frame: fused.FusedFrame | None = None
         self.graphs: tuple[graphs.FrameGraph, graphs.FrameGraph] | None = None
         self.released: torch.cuda.Event | None = None
+        self._logits: list[Tensor] = []
+        self._buffers: list[Tensor] | None = None
+
+    def keep(self, logits: list[Tensor], fixed: bool) -> None:
+        """The logits of the frame just made, codebook by codebook; ``fixed`` where a CUDA graph is to write them."""
+        if not fixed:
+            self._logits = logits
+            return
+        if self._buffers is None:
+            self._buffers = [torch.empty_like(value) for value in logits]
+        for buffer, value in zip(self._buffers, logits):
+            buffer.copy_(value)
+        self._logits = self._buffers
+
+    def logits(self) -> tuple[Tensor, Tensor]:
+        """The latest frame's, ``[B, vocab]`` and ``[codebooks - 1, B, depth_vocab]`` fp32."""
+        if self.frame is not None:
+            return self.frame.logits()
+        return self._logits[0], torch.stack(self._logits[1:])
 
     def forget(self) -> None:
         """Let go of weights that compiled steps have seen."""
@@ -159,6 +191,7 @@ class Engine:
         self._shape = _heads(spec.backbone)
         self._depth_shape = _heads(spec.depth)
         self._books = torch.tensor(list(range(spec.codebooks)), device=device)
+        self._limits = torch.tensor([spec.vocab] + [spec.depth_vocab] * (spec.codebooks - 1), device=device)
         self._positions = [torch.tensor([p], device=device) for p in range(spec.codebooks)]
 
     def bind(self, packed: Packed) -> bool:
@@ -231,16 +264,25 @@ class Engine:
             runner.frame.emit()
             return
         packed, state = self._bound(), runner.state
-        token = runner.codebook0(state.hidden, packed.backbone_head, runner.params, runner.key, runner.ops)
-        tokens, rest = [], self._positions
-        if runner.depth_pair is not None:
-            tokens, rest = [token], self._positions[2:]
-            token, _ = self.depth_pair(runner, token)
+        args = (state.hidden, packed.backbone_head, runner.params, runner.key, state.faults)
+        token, logits = runner.codebook0(*args, runner.ops)
+        tokens, made, rest = [token], [logits], self._positions[2:]
+        if runner.depth_pair is None:
+            rest = self._positions[1:]
+            self.depth_position(runner, self._positions[0], token)
+        else:
+            token, logits = self.depth_pair(runner, token)
             tokens.append(token)
+            made.append(logits)
         for position in rest:
-            token, _ = self.depth_position(runner, position, token)
+            token, logits = self.depth_position(runner, position, token)
             tokens.append(token)
-        state.codes.copy_(torch.where((state.pads & state.ended)[:, None], state.pad_code, torch.stack(tokens, dim=1)))
+            made.append(logits)
+        runner.keep(made, fixed=self.mode in _CAPTURED)
+        codes = torch.stack(tokens, dim=1)
+        stray = ((codes < 0) | (codes >= self._limits)).any()
+        state.faults.bitwise_or_(stray.to(torch.int32) * int(Fault.OUT_OF_RANGE))
+        state.codes.copy_(torch.where((state.pads & state.ended)[:, None], state.pad_code, codes))
         other = (state.codes != state.end_code) & (self._books < state.judged)
         state.ended.logical_or_(~other.any(dim=1))
 
@@ -268,6 +310,7 @@ class Engine:
             self.depth_rotary.sin,
             runner.depth_params,
             runner.key,
+            state.faults,
             self._depth_shape,
             runner.ops,
         )
@@ -315,6 +358,17 @@ class Engine:
             self.metrics.observe("frame", end - start)
         self.metrics.observe("depth", end - middle)
         return runner.state.codes
+
+    def trace(self, runner: _Runner, rows: int) -> Trace:
+        """The frame just made, for the first ``rows`` rows; copies, which later frames leave alone. Nothing waits."""
+        first, others = runner.logits()
+        state = runner.state
+        return Trace(
+            state.hidden[:rows].clone(),
+            state.codes[:rows].clone(),
+            first[:rows].clone(),
+            others[:, :rows].transpose(0, 1).contiguous(),
+        )
 
     def prepare(self, rows: int) -> _Runner:
         """The runner of a batch, its CUDA graphs captured. Overwrites the runner's state: load the prompt afterwards."""
@@ -376,7 +430,7 @@ class Engine:
         if runner.graphs is not None or runner.frame is not None:
             done("frame")
             return
-        runner.codebook0(state.hidden, self._bound().backbone_head, runner.params, runner.key, runner.ops)
+        runner.codebook0(state.hidden, self._bound().backbone_head, runner.params, runner.key, state.faults, runner.ops)
         done("codebook 0")
         self.depth_position(runner, self._positions[0], torch.zeros_like(state.seed))
         done("depth step")
@@ -453,9 +507,10 @@ class Engine:
             params.do_sample.fill_(False)
         frame.emit()
         frame.depth.buffers.token.copy_(state.codes[:, 0])
-        codes, made = state.codes.clone(), frame.traced()[:_FORCED_CODEBOOKS]
-        if state.timed_out.item():
-            return "a grid barrier timed out"
+        frame.decode_depth()
+        codes, made = state.codes.clone(), frame.logits()[1][:_FORCED_CODEBOOKS]
+        if state.faults.item():
+            return str(Fault(int(state.faults)))
         wanted = stock_logits(hidden, codes[:, : len(made)])
         fault = _too_far("depth logits", made.transpose(0, 1), wanted)
         results = []

@@ -165,9 +165,13 @@ class FusedFrame:
         self._stack_args = stack_pointers(weights.backbone, self._backbone, state.all_keys, state.all_values)._replace(
             allowed=state.allowed, length=state.length, position=state.position
         )
-        self._depth_args = depth_pointers(weights.depth, self.depth, state.hidden, state.codes, params[1], key)
+        depth_args = depth_pointers(weights.depth, self.depth, state.hidden, state.codes, params[1], key)
         head = packed.backbone_head.weight
         self._logits = torch.zeros(rows, spec.vocab, dtype=torch.float32, device=device)
+        # Kept for the guard: 254 KB of writes a frame, where its weights are 10 GB of reads.
+        shape = (spec.codebooks - 1, rows, spec.depth_vocab)
+        self._depth_logits = torch.zeros(shape, dtype=torch.float32, device=device)
+        self._depth_args = depth_args._replace(logits=self._depth_logits)
         size = workspace_size(state.hidden, head)
         self._partial = torch.zeros(size, dtype=torch.float32, device=device) if size else None
         self._rstd = torch.zeros(rows, dtype=torch.float32, device=device)
@@ -177,6 +181,7 @@ class FusedFrame:
         """Before a call: its first frame runs no backbone, whose error word would still be that of an earlier call."""
         for workspace in (self._backbone, self.depth):
             workspace.buffers.sync.zero_()
+        self.depth.buffers.flags.zero_()
 
     def emit(self) -> None:
         """All codebooks of one frame, from ``state.hidden`` into ``state.codes``."""
@@ -185,7 +190,7 @@ class FusedFrame:
             self._state.hidden, head.weight, head.bias, None, None, 0.0, self._logits, self._partial, evict_first=True
         )
         launch_sample(self._logits, self._params[0], self._key, self._codebook, buffers.token, buffers.flags)
-        launch_depth(self.depth_plan, self._depth_args, self._state.rows)
+        self.decode_depth()
         state = self._state
         syncs = (self._backbone.buffers.sync, buffers.sync)
         launch_finish(
@@ -196,17 +201,19 @@ class FusedFrame:
             state.pad_code,
             state.pads,
             syncs,
-            state.timed_out,
+            buffers.flags,
+            state.faults,
+            (self._spec.vocab, self._spec.depth_vocab),
         )
 
-    def traced(self) -> Tensor:
-        """The depth decode alone, from ``state.hidden`` and codebook 0 as it was drawn: logits ``[codebooks - 1, B, V]``."""
-        rows, spec = self._state.rows, self._spec
-        logits = torch.zeros(
-            spec.codebooks - 1, rows, spec.depth_vocab, dtype=torch.float32, device=self._logits.device
-        )
-        launch_depth(self.depth_plan, self._depth_args._replace(logits=logits), rows, rows * spec.depth_vocab)
-        return logits
+    def decode_depth(self) -> None:
+        """The depth decode alone, from ``state.hidden`` and codebook 0 as it was drawn."""
+        stride = self._state.rows * self._spec.depth_vocab
+        launch_depth(self.depth_plan, self._depth_args, self._state.rows, stride)
+
+    def logits(self) -> tuple[Tensor, Tensor]:
+        """What the latest frame was drawn from, fp32: codebook 0's ``[B, vocab]`` and ``[codebooks - 1, B, depth_vocab]``."""
+        return self._logits, self._depth_logits
 
     def advance(self) -> None:
         """Feed ``state.codes`` to the backbone: the next ``state.hidden``, one position further."""

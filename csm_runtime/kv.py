@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
+from enum import IntFlag
+
 import torch
 from torch import Tensor
 
 from csm_runtime.adapters.spec import ModelSpec
+
+
+class Fault(IntFlag):
+    """What a frame's own checks on the device found."""
+
+    TIMED_OUT = 1
+    NOT_FINITE = 2
+    OUT_OF_RANGE = 4
+
+    def __str__(self) -> str:
+        return " and ".join(_FAULTS[bit] for bit in Fault if bit in self)
+
+
+_FAULTS = {
+    Fault.TIMED_OUT: "a grid barrier of the fused decode kernel timed out",
+    Fault.NOT_FINITE: "logits that are NaN or infinite",
+    Fault.OUT_OF_RANGE: "a code out of range",
+}
 
 
 class State:
@@ -20,7 +40,7 @@ class State:
     backbone's caches, ``keys`` and ``values`` their layers.
 
     End of speech: ``ended`` ``[B]`` from the frame on whose first ``judged`` codes all are ``end_code``, ``[1]`` each; the
-    frames after it are ``pad_code`` where ``pads``. ``timed_out`` ``[1]``: a grid barrier of the latest frame did.
+    frames after it are ``pad_code`` where ``pads``. ``faults`` ``[1]`` int32: the bits of :class:`Fault`, of all frames so far.
     """
 
     def __init__(self, spec: ModelSpec, rows: int, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -48,7 +68,7 @@ class State:
         self.ended = torch.zeros(rows, dtype=torch.bool, device=device)
         self.end_code, self.judged, self.pad_code = ints(1), ints(1), ints(1)
         self.pads = torch.zeros(1, dtype=torch.bool, device=device)
-        self.timed_out = torch.zeros(1, dtype=torch.bool, device=device)
+        self.faults = torch.zeros(1, dtype=torch.int32, device=device)
 
     def bytes(self) -> int:
         """Bytes held by the KV buffers."""
@@ -92,6 +112,6 @@ class State:
         self.position.copy_(positions[rows] + 1)
         self.frame.zero_()
         self.ended.zero_()
-        self.timed_out.zero_()
+        self.faults.zero_()
         self.allowed.zero_()
         self.allowed[:, :tokens] = True if mask is None else mask[rows].bool()

@@ -24,6 +24,7 @@ from csm_kernels.quant import QuantWeight
 from csm_kernels.rope import apply_rope_ref
 from csm_kernels.sampling import NoiseKey, SamplingParams, gumbel_noise_ref, sample_bisected, sample_ref
 from csm_kernels.swiglu import swiglu_ref
+from csm_runtime.kv import Fault
 from csm_runtime.weights import Layer, Linear, Stack
 
 
@@ -124,11 +125,23 @@ def embed_step(
     return embed_frame_ref(codes, table, vocab), cos_table[position], sin_table[position], _mask_bias(allowed)
 
 
-def codebook0_step(hidden: Tensor, head: Linear, params: SamplingParams, key: NoiseKey, ops: Ops) -> Tensor:
-    """Codebook 0 of every row, ``[B]`` int64, from the backbone's normalised hidden state ``[B, D]``."""
+def codebook0_step(
+    hidden: Tensor, head: Linear, params: SamplingParams, key: NoiseKey, faults: Tensor, ops: Ops
+) -> tuple[Tensor, Tensor]:
+    """Codebook 0 of every row, ``[B]`` int64, from the backbone's normalised hidden state ``[B, D]``; and its logits.
+
+    ``faults`` ``[1]`` int32 gets the bit of logits that are NaN or infinite, here and in the depth decoder's steps.
+    """
     logits = ops.gemv(hidden, head.weight, head.bias)
     codebook = torch.zeros(1, dtype=torch.int64, device=hidden.device)
-    return ops.sample(logits, params, gumbel_noise_ref(key, codebook, logits.shape[-1]))
+    _judge(logits, faults)
+    return ops.sample(logits, params, gumbel_noise_ref(key, codebook, logits.shape[-1])), logits
+
+
+def _judge(logits: Tensor, faults: Tensor) -> None:
+    """As the kernels do: a row is broken by NaN, by plus infinity, or by nothing but minus infinity."""
+    broken = ~(logits < float("inf")).all() | ~(logits > float("-inf")).any(-1).all()
+    faults.bitwise_or_(broken.to(torch.int32) * int(Fault.NOT_FINITE))
 
 
 def depth_step(
@@ -145,6 +158,7 @@ def depth_step(
     sin_table: Tensor,
     params: SamplingParams,
     key: NoiseKey,
+    faults: Tensor,
     shape: Heads,
     ops: Ops,
 ) -> tuple[Tensor, Tensor]:
@@ -167,6 +181,7 @@ def depth_step(
         sin_table: likewise.
         params: sampling parameters of each row.
         key: noise of each row.
+        faults: see :func:`codebook0_step`.
         shape: heads of the depth decoder.
         ops: implementations to use.
 
@@ -179,7 +194,7 @@ def depth_step(
     x = torch.where(first, hidden, embedding[head * vocab + token].float())
     slot = position.expand(token.shape[0])
     x = _depth_layers(x, slot, projection, stack, keys, values, cos_table, sin_table, shape, ops)
-    drawn, logits = _draw(x, head, heads, params, key, ops)
+    drawn, logits = _draw(x, head, heads, params, key, faults, ops)
     return torch.where(first, token, drawn), logits
 
 
@@ -196,6 +211,7 @@ def depth_pair_step(
     sin_table: Tensor,
     params: SamplingParams,
     key: NoiseKey,
+    faults: Tensor,
     shape: Heads,
     ops: Ops,
 ) -> tuple[Tensor, Tensor]:
@@ -208,7 +224,7 @@ def depth_pair_step(
     x = torch.cat([hidden, embedding[token].float()])
     x = _depth_layers(x, slot, projection, stack, keys, values, cos_table, sin_table, shape, ops)
     head = torch.zeros(1, dtype=torch.int64, device=token.device)
-    return _draw(x[rows:], head, heads, params, key, ops)
+    return _draw(x[rows:], head, heads, params, key, faults, ops)
 
 
 def _codebook_shape(heads: Tensor | QuantWeight) -> tuple[int, int]:
@@ -239,7 +255,13 @@ def _depth_layers(
 
 
 def _draw(
-    x: Tensor, head: Tensor, heads: Tensor | QuantWeight, params: SamplingParams, key: NoiseKey, ops: Ops
+    x: Tensor,
+    head: Tensor,
+    heads: Tensor | QuantWeight,
+    params: SamplingParams,
+    key: NoiseKey,
+    faults: Tensor,
+    ops: Ops,
 ) -> tuple[Tensor, Tensor]:
     """Token and logits of codebook ``head + 1`` from the normalised hidden state ``[B, D]``."""
     matrix: Tensor | QuantWeight
@@ -248,5 +270,6 @@ def _draw(
     else:
         matrix = heads[head][0]
     logits = ops.gemv(x, matrix)
+    _judge(logits, faults)
     noise = gumbel_noise_ref(key, head + 1, logits.shape[-1])
     return ops.sample(logits, params, noise), logits

@@ -171,9 +171,10 @@ def test_end_of_speech(judged: int, pads: bool, device: torch.device) -> None:
         return torch.tensor([value], device=device)
 
     fine, late = (torch.tensor([7, word], dtype=torch.int32, device=device) for word in (0, 1))
-    timed_out = one(False)
-    launch_finish(codes, ended, one(5), one(judged), one(9), one(pads), (fine, late if pads else fine), timed_out)
-    assert timed_out.tolist() == [pads]
+    faults, flags = (torch.zeros(n, dtype=torch.int32, device=device) for n in (1, 4))
+    syncs = fine, late if pads else fine
+    launch_finish(codes, ended, one(5), one(judged), one(9), one(pads), syncs, flags, faults, (6, 6))
+    assert faults.tolist() == [int(pads)]
     assert ended.tolist() == [judged == 3, True, False, True]
     assert codes[3].tolist() == ([9] * 4 if pads else [1, 2, 3, 4])
     assert codes[:3].tolist() == [[5, 5, 5, 1], [5, 5, 5, 5], [5, 2, 5, 5]]

@@ -163,14 +163,14 @@ def test_a_barrier_that_times_out_goes_on_with_the_stock_model(
         calls.append(1)
         if len(calls) == 3:
             self._state.codes.fill_(0)
-            self._state.timed_out.fill_(True)
+            self._state.faults.fill_(1)
 
     monkeypatch.setattr(FusedFrame, "emit", emit)
     got = model.generate(**prompt, **GREEDY, max_new_tokens=5)
     assert torch.equal(got, wanted)
     seen = model.acceleration.metrics.snapshot()
     assert seen["stock_reasons"] == {"a fault of the fast path": 1}
-    assert seen["faults"] == {"RuntimeError: a grid barrier of the fused decode kernel timed out": 1}
+    assert seen["faults"] == {"FrameFault: a grid barrier of the fused decode kernel timed out": 1}
 
 
 def test_a_barrier_that_timed_out_concerns_no_later_call(device: torch.device) -> None:
