@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
 import types
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from csm_runtime import compiling, hugepages
+from csm_runtime import compiling, hugepages, ladder
 from csm_runtime.adapters import hf, hf_call
 from csm_runtime.adapters.hf_passes import Passes
+from csm_runtime.checks import Checks
 from csm_runtime.decode_loop import DecodeLoop
 from csm_runtime.engine import BUCKETS, Engine, bucket_for
+from csm_runtime.events import GuardEvent
 from csm_runtime.generate import FastGenerate, Seeds, plain_mode
+from csm_runtime.guard import FAST, STOCK, Breach, Guard, GuardConfig, Watch
+from csm_runtime.ladder import Seat
 from csm_runtime.metrics import Metrics
 from csm_runtime.precision import PrecisionPolicy, resolve_policy
 from csm_runtime.report import Report
@@ -42,6 +48,7 @@ def accelerate(
     mode: str = "auto",
     drop_originals: bool = False,
     progress: bool = True,
+    guard: bool | GuardConfig = True,
     training: bool | CsmTrainingConfig = False,
 ) -> Any:
     """Make ``model.generate`` fast, in place; everything else of the model stays as it is.
@@ -62,6 +69,9 @@ def accelerate(
         drop_originals: free the stock copies of matrices that are stored in int8. The stock modules then compute from
             the int8 copies; ``restore()`` and saving the model are no longer possible.
         progress: show progress bars on stderr.
+        guard: True verifies one frame in 16 against the stock model within 3 % of the time and goes to a safer path where
+            frames fail; False leaves only the checks of every frame and the fallback. A
+            :class:`~csm_runtime.guard.GuardConfig` says more.
         training: True or a :class:`~csm_runtime.training.CsmTrainingConfig` makes ``model(labels=...).loss`` fast instead,
             and none of the other arguments applies: see :func:`csm_runtime.training.accelerate_training`.
 
@@ -90,7 +100,7 @@ def accelerate(
         raise RuntimeError(
             "the original weights were dropped (drop_originals=True), nothing is left to pack; load it again"
         )
-    handle = Acceleration(model, resolve_policy(precision), max_positions, mode, progress)
+    handle = Acceleration(model, resolve_policy(precision), max_positions, mode, progress, _guard_config(guard))
     handle.set_up(_buckets(batch_sizes))
     if isinstance(previous, Acceleration):
         previous.restore()
@@ -99,6 +109,14 @@ def accelerate(
     model.__dict__["acceleration"] = handle
     model.__dict__["generate"] = FastGenerate(model, handle)
     return model
+
+
+def _guard_config(guard: Any) -> GuardConfig:
+    if isinstance(guard, GuardConfig):
+        return guard
+    if not isinstance(guard, bool):
+        raise ValueError(f"guard must be True, False or a GuardConfig, got {guard!r}")
+    return GuardConfig(verify=guard)
 
 
 def _buckets(batch_sizes: Any) -> tuple[int, ...]:
@@ -115,11 +133,19 @@ class Acceleration:
     Attributes:
         metrics: counters and timings, see :class:`~csm_runtime.metrics.Metrics`.
         policy: the precision policy in force.
+        guard: what verifies frames, what it found, and the rung that calls start on, see
+            :class:`~csm_runtime.guard.Guard`.
         notes: what differs from the plan and why, for example that nothing could be compiled.
     """
 
     def __init__(
-        self, model: Any, policy: PrecisionPolicy, max_positions: int | None, mode: str, progress: bool
+        self,
+        model: Any,
+        policy: PrecisionPolicy,
+        max_positions: int | None,
+        mode: str,
+        progress: bool,
+        guard: GuardConfig,
     ) -> None:
         self._spec = hf.read_spec(model)
         changed = hf.modification(model)
@@ -141,6 +167,8 @@ class Acceleration:
         self._huge_bytes = 0
         self.policy = policy
         self.metrics = Metrics()
+        self.guard = Guard(guard, self.metrics)
+        self._seats: dict[str, Seat] = {}
         self.notes: list[str] = []
         self._engine = self._build_engine()
 
@@ -156,6 +184,9 @@ class Acceleration:
         self.metrics.setup_seconds["pack"] = time.perf_counter() - start
         for size in sizes:
             self._warm_up(size)
+        if self.guard.config.verify and sizes:
+            with plain_mode():
+                self._calibrate(FAST, self._fast_seat(), min(sizes))
 
     @property
     def capacity(self) -> int:
@@ -218,6 +249,7 @@ class Acceleration:
         if hf.drop_originals(self._model, self._weights.copy_of):
             self._weights.release_sources()
             self._dropped = True
+            self._seats.clear()
             self._passes = Passes(self._model, False, self.metrics)
         else:
             self.notes.append(
@@ -268,10 +300,11 @@ class Acceleration:
             self._engine = self._build_engine()
             if not self._dropped:
                 self._weights = PackedWeights(self.policy)
-            self._warm.clear()
+            self._forget_engine()
             self.metrics.count("engine.rebuilt")
         packed, stale = self._weights.refresh(hf.live_weights(model), advance)
         if stale:
+            self.guard.floors.clear()
             self.metrics.count("weights.repacked", len(stale))
             logger.info("%d packed weights were stale and have been packed again", len(stale))
         if self._engine.bind(packed):
@@ -307,7 +340,7 @@ class Acceleration:
             self._engine = self._build_engine()
             if packed is not None:
                 self._engine.bind(packed)
-            self._warm.clear()
+            self._forget_engine()
             if safer != "eager":
                 self._warm_up(size)
                 return
@@ -316,6 +349,45 @@ class Acceleration:
         self._warm.add(size)
         name = f"warm_up.batch{size}"
         self.metrics.setup_seconds[name] = time.perf_counter() - start
+
+    def _forget_engine(self) -> None:
+        """What was made for an engine that is no more."""
+        self._warm.clear()
+        self._seats.clear()
+        self.guard.floors.clear()
+
+    def _fast_seat(self) -> Seat:
+        return Seat(self._engine, self._passes, self._weights)
+
+    def _seat(self, rung: str, size: int) -> Seat:
+        """What frames are made with on a rung, ready for a batch size."""
+        self._engine.plain = ladder.plain_parts(rung)
+        if rung == FAST or self._engine.plain:
+            if size not in self._warm:
+                self._warm_up(size)
+            return self._fast_seat()
+        if rung not in self._seats:
+            self._seats[rung] = ladder.build_seat(self._model, rung, self._fast_seat(), self._dropped, self.metrics)
+        seat = self._seats[rung]
+        seat.engine.bind(seat.weights.refresh(hf.live_weights(self._model))[0])
+        return seat
+
+    def _calibrate(self, rung: str, seat: Seat, size: int) -> None:
+        """Find the guard's limits on a rung. Frames that are not sound are a breach; a check that fails is none."""
+        start = time.perf_counter()
+        try:
+            self.guard.set_floors(rung, ladder.calibrate(self._model, seat, size, self._dropped))
+        except ArithmeticError as error:
+            if rung != FAST:
+                raise
+            self._distrust(Breach(f"calibration: {error}", "calibration", 0), 0, 0, {})
+        except Exception as error:
+            note = f"the guard cannot verify frames here: {type(error).__name__}: {str(error).strip()[:200]}"
+            self.notes.append(note)
+            logger.warning(note, exc_info=True)
+            self.metrics.fault(note)
+            self.guard.config = replace(self.guard.config, verify=False)
+        self.metrics.setup_seconds[f"calibrate.{rung}"] = time.perf_counter() - start
 
     def _why_stock(self, arguments: dict[str, Any]) -> str | None:
         """A reason to take the stock path that is known before the stock ``generate`` has prepared anything."""
@@ -326,6 +398,8 @@ class Acceleration:
                 return f"the argument {name}"
         if arguments.get("synced_gpus"):
             return "synced_gpus"
+        if self.guard.rung == STOCK:
+            return f"the guard trusts no faster one until rearm(): {self.guard.reason}"
         model = self._model
         changed = hf.modification(model)
         if changed is not None:
@@ -346,27 +420,78 @@ class Acceleration:
     ) -> Tensor:
         """Every frame of a call: ``[N, frames, codebooks]`` int64 on the model's device.
 
-        A fault in the engine hands the frames made so far to ``rest``, which finishes on the stock path.
+        What breaks, or fails verification, is made again on a lower rung; ``rest`` finishes on the stock path.
         """
         rows = request.input_ids.shape[0]
         self._check_room(request)
         seeds.fit(rows, request.backbone.do_sample or request.depth.do_sample)
-        loop = DecodeLoop(request, lambda: self._begin(request, seeds), streamer, self.metrics)
+        loop = None
+        while loop is None or self.guard.rung != STOCK:
+            loop = DecodeLoop(
+                request, functools.partial(self._begin, request, seeds, loop), streamer, self.metrics, loop
+            )
+            try:
+                loop.run()
+                if loop.complete:
+                    return self._delivered(loop, request, streamer)
+            finally:
+                loop.release()
+            self._step_down(loop)
+        self._went_stock("a fault of the fast path")
+        none = request.input_ids.new_zeros(rows, 0, self._spec.codebooks)
+        return rest(torch.stack(loop.frames, dim=1) if loop.frames else none, loop.ended)
+
+    def _delivered(self, loop: DecodeLoop, request: hf_call.Request, streamer: Any) -> Tensor:
+        """The end of a call whose frames are all there."""
+        if streamer is not None:
+            streamer.end()
+        count = len(loop.frames) * request.input_ids.shape[0]
+        self.metrics.count("generate.fast" if self.guard.rung == FAST else "generate.rung")
+        self.metrics.count("frames", count)
+        self.guard.healthy(count)
+        if request.return_dict:
+            loop.fill_cache()
+        return torch.stack(loop.frames, dim=1)
+
+    def _step_down(self, loop: DecodeLoop) -> None:
+        """After a loop that stopped early: tell the guard, and make room on the rung that it goes to."""
+        breach, rows = loop.breach, len(loop.ended)
+        assert breach is not None
+        evidence: dict[str, Tensor] = {}
         try:
-            loop.run()
-            if not loop.complete:
-                self._went_stock("a fault of the fast path")
-                none = request.input_ids.new_zeros(rows, 0, self._spec.codebooks)
-                return rest(torch.stack(loop.frames, dim=1) if loop.frames else none, loop.ended)
-            if streamer is not None:
-                streamer.end()
-            self.metrics.count("generate.fast")
-            self.metrics.count("frames", len(loop.frames) * rows)
-            if request.return_dict:
-                loop.fill_cache()
-            return torch.stack(loop.frames, dim=1)
-        finally:
-            loop.release()
+            if loop.watch is not None and breach.kind != "memory":
+                evidence = loop.watch.checks.evidence(list(loop.watch.kept), loop.frames)
+        except Exception as error:  # a device that is lost, perhaps: the event does without
+            logger.debug("no evidence: %s", error)
+        if any(finding.check == "copies" for finding in breach.findings):
+            self._weights.forget([f.measure for f in breach.findings if f.check == "copies"])
+        if breach.kind == "memory":
+            loop.runner = loop.watch = None
+            for seat in (self._fast_seat(), *self._seats.values()):
+                seat.engine.free()
+            self._seats.clear()
+        self._distrust(breach, len(loop.frames), rows, evidence)
+
+    def _distrust(self, breach: Breach, frame: int, rows: int, evidence: dict[str, Tensor]) -> None:
+        """Take the next rung; the frames before ``frame`` stay."""
+        engine, rung = self._engine, self.guard.rung
+        lower = ladder.below(rung, breach, engine.mode, self.policy, self._dropped)
+        event = GuardEvent(
+            kind=breach.kind,
+            reason=breach.reason,
+            frame=frame,
+            rung=rung,
+            next_rung=lower,
+            suspect=breach.suspect,
+            mode=engine.mode,
+            policy=self.policy.name,
+            dtype=str(engine.dtype).removeprefix("torch."),
+            device=str(engine.device),
+            rows=rows,
+            findings=[asdict(finding) for finding in breach.findings],
+            tensors=evidence,
+        )
+        self.guard.step_down(breach, lower, event)
 
     def _check_room(self, request: hf_call.Request) -> None:
         """Whether rows and positions fit. Raises ValueError or :class:`~csm_runtime.adapters.hf_call.Unsupported`."""
@@ -382,18 +507,31 @@ class Acceleration:
                 )
             raise hf_call.Unsupported(f"more than {capacity} positions of prompt and frames")
 
-    def _begin(self, request: hf_call.Request, seeds: Seeds) -> tuple[Engine, Any]:
-        """Prefill, and everything the frames of this call read set to this call's values: engine and runner."""
-        rows = request.input_ids.shape[0]
+    def _begin(
+        self, request: hf_call.Request, seeds: Seeds, loop: DecodeLoop | None
+    ) -> tuple[Engine, Any, Watch | None]:
+        """Prefill, and everything the frames of this call read set to this call's values.
+
+        Args:
+            request: the call.
+            seeds: of its noise.
+            loop: the loop on a higher rung whose frames are kept, or None.
+        """
+        rows, rung = request.input_ids.shape[0], self.guard.rung
         size = bucket_for(rows)
         assert size is not None
-        if size not in self._warm:
-            self._warm_up(size)
-        prompt = self._passes.prefill(hf_call.prompt_embeddings(self._model, request), request.mask, request.positions)
-        runner = self._engine.prepare(rows)
+        seat = self._seat(rung, size)
+        if self.guard.config.verify and rung not in self.guard.floors:
+            self._calibrate(rung, seat, size)
+        made = request.input_ids.new_zeros(rows, 0, self._spec.codebooks)
+        if loop is not None and loop.frames:
+            made = torch.stack(loop.frames, dim=1)
+        x, mask, positions = hf_call.prompt_with_frames(self._model, request, made)
+        prompt = seat.passes.prefill(x, mask, positions)
+        runner = seat.engine.prepare(rows)
         state = runner.state
-        positions = request.positions[:, -1].expand(rows)
-        state.load_prompt(prompt.layers, prompt.hidden, request.mask, positions)
+        ended = None if loop is None else loop.ended
+        state.load_prompt(prompt.layers, prompt.hidden, mask, positions[:, -1].expand(rows), made.shape[1], ended)
         pad = request.pad_token if request.pads_finished_rows else None
         state.set_end(request.eos_token, self._spec.codebooks - 1, pad)
         for params, wanted, vocab in (
@@ -408,4 +546,9 @@ class Acceleration:
             assert values is not None, "fit() comes first"
             target.zero_()
             target[:rows].copy_(values)
-        return self._engine, runner
+        if rung not in self.guard.floors:
+            return seat.engine, runner, None
+        last = request.positions[:, -1].expand(rows)
+        scene = ladder.scene(self._model, seat, runner, request.input_ids.shape[1], last, self._dropped)
+        checks = Checks(ladder.replay_of(seat.engine, runner), scene, self.guard.floors[rung].ties)
+        return seat.engine, runner, Watch(self.guard, rung, checks, self.metrics, first=made.shape[1])

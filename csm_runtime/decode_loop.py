@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from csm_runtime.adapters import hf_call
-from csm_runtime.engine import Engine
+from csm_runtime.checks import Sample
+from csm_runtime.engine import Engine, Trace
+from csm_runtime.guard import Breach, Watch
 from csm_runtime.kv import Fault
 from csm_runtime.metrics import Metrics
 
@@ -36,6 +38,8 @@ class _Frame(NamedTuple):
     """``[N]`` bool: rows whose speech has ended in this frame or before it."""
     faults: Tensor
     """``[1]`` int32, see :class:`~csm_runtime.kv.Fault`: where it is not 0 the codes mean nothing."""
+    trace: Trace | None
+    """What the guard may want of it."""
 
 
 class _Mailbox:
@@ -91,28 +95,44 @@ class DecodeLoop:
 
     Args:
         request: the call.
-        begin: prefill; gives the engine and the runner that make this call's frames. Its faults are the loop's.
+        begin: prefill; gives the engine and the runner that make this call's frames, and the guard's eye on them or None.
+            Its faults are the loop's.
         streamer: gets the codes of every frame, or None.
         metrics: where timings go.
+        made: an earlier loop of the same call, whose frames are kept.
 
     Attributes:
         frames: ``[N, codebooks]`` each, the frames that the host has read and the streamer has got.
-        ended: ``[N]`` bool on the device, rows whose speech has ended in ``frames``.
         runner: what ``begin`` gave.
+        breach: why it stopped before it was complete, or None.
+        watch: what ``begin`` gave.
     """
 
     def __init__(
-        self, request: hf_call.Request, begin: Callable[[], tuple[Engine, Any]], streamer: Any, metrics: Metrics
+        self,
+        request: hf_call.Request,
+        begin: Callable[[], tuple[Engine, Any, Watch | None]],
+        streamer: Any,
+        metrics: Metrics,
+        made: DecodeLoop | None = None,
     ) -> None:
-        self.frames: list[Tensor] = []
-        self.ended = torch.zeros(request.input_ids.shape[0], dtype=torch.bool, device=request.input_ids.device)
+        self.frames: list[Tensor] = [] if made is None else made.frames
+        self._ends: list[Tensor] = [] if made is None else made._ends
+        self._none_ended = torch.zeros(request.input_ids.shape[0], dtype=torch.bool, device=request.input_ids.device)
         self.runner: Any = None
+        self.breach: Breach | None = None
+        self.watch: Watch | None = None
         self._request, self._begin, self._streamer, self._metrics = request, begin, streamer, metrics
         self._speech_ended = False
         self._fault: Exception | None = None
         self._in_flight: deque[_Frame] = deque()
         self._lag = 0
         self._start = time.perf_counter()
+
+    @property
+    def ended(self) -> Tensor:
+        """``[N]`` bool on the device, rows whose speech has ended in ``frames``."""
+        return self._ends[-1] if self._ends else self._none_ended
 
     @property
     def complete(self) -> bool:
@@ -126,14 +146,20 @@ class DecodeLoop:
             Exception: the streamer's own errors. Those of the engine leave the call incomplete, and are counted and logged.
         """
         try:
-            while self._fault is None and not self._speech_ended and self._launched < self._request.max_frames:
+            while not self._stopped and not self._speech_ended and self._launched < self._request.max_frames:
                 self._launch()
                 self._read(leave=self._lag)
             self._read(leave=0)
         finally:
             if self._fault is not None:
                 self._say(self._fault)
+                if self.breach is None:
+                    self.breach = _breach(self._fault, len(self.frames), self.watch)
                 self._fault = None  # its traceback holds this loop
+
+    @property
+    def _stopped(self) -> bool:
+        return self._fault is not None or self.breach is not None
 
     def fill_cache(self) -> None:
         """Fill the caller's ``past_key_values`` up to the last frame but one, as the stock loop leaves them."""
@@ -158,7 +184,7 @@ class DecodeLoop:
 
     def _set_up(self) -> None:
         """Prefill, and what depends on the engine, which prefill may have replaced."""
-        self._engine, self.runner = engine, _ = self._begin()
+        self._engine, self.runner, self.watch = engine, _, _ = self._begin()
         self._metrics.observe("prefill", time.perf_counter() - self._start)
         # One launch ahead keeps the device busy while a streamer works; a second would only make every frame late. The
         # first frame waits for a launch as well: the device needs far longer for the frame than the host for that.
@@ -170,18 +196,20 @@ class DecodeLoop:
         """Count a fault and, the first time, log it."""
         what = f"{type(fault).__name__}: {fault}"
         if self._metrics.fault(what):
-            after = "after the end of speech" if self.complete else "the stock path goes on"
+            after = "after the end of speech" if self.complete else "a safer path goes on"
             logger.warning("the fast path failed at frame %d, %s: %s", len(self.frames), after, what, exc_info=fault)
 
     def _launch(self) -> None:
         """Enqueue one frame and the copies of what the host wants of it; nothing here waits for the device."""
         rows, index = len(self.ended), self._launched
         try:
-            if self.runner is None:
+            first = self.runner is None
+            if first:
                 self._set_up()
-            codes = self._engine.next_frame(self.runner, first=index == 0)[:rows].clone()
+            codes = self._engine.next_frame(self.runner, first=first)[:rows].clone()
             state = self.runner.state
-            frame = _Frame(codes, state.ended[:rows].clone(), state.faults.clone())
+            trace = None if self.watch is None else self._engine.trace(self.runner, rows)
+            frame = _Frame(codes, state.ended[:rows].clone(), state.faults.clone(), trace)
             self._mailbox.post(index, frame)
             self._in_flight.append(frame)
         except Exception as error:  # whatever broke, the caller's audio goes on
@@ -191,15 +219,43 @@ class DecodeLoop:
         """Read and deliver the oldest frames until ``leave`` are in flight or speech has ended."""
         while len(self._in_flight) > leave and not self._speech_ended:
             index, frame = len(self.frames), self._in_flight.popleft()
+            sample = None if frame.trace is None else Sample(index, *frame.trace, ~self.ended)
             try:
-                self._speech_ended = self._mailbox.all_ended(index)
+                ended = self._mailbox.all_ended(index)
             except Exception as error:
                 self._fault = self._fault or error
                 self._in_flight.clear()  # without this frame, those after it are no use
+                if self.watch is not None and sample is not None:
+                    self.watch.kept.append(sample)
                 return
             if index == 0:
                 self._metrics.observe("first_frame", time.perf_counter() - self._start)
             self.frames.append(frame.codes)
-            self.ended = frame.ended
+            self._ends.append(frame.ended)
+            if self.watch is not None:
+                self.breach = self.watch.look(sample, self.frames)
+                if self.breach is not None:
+                    self._in_flight.clear()
+                    # What a streamer has got cannot be taken back.
+                    kept = max(self.breach.first_bad, 0 if self._streamer is None else index)
+                    del self.frames[kept:], self._ends[kept:]
+                    return
+            self._speech_ended = ended
             if self._streamer is not None:
                 self._streamer.put(self._mailbox.codes(index))
+
+
+_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+def _breach(fault: Exception, frame: int, watch: Watch | None) -> Breach:
+    """What an exception, or a frame's own checks, mean for the utterance."""
+    reason = f"{type(fault).__name__}: {fault}"
+    if isinstance(fault, FrameFault):
+        suspect = None
+        if fault.fault != Fault.TIMED_OUT and watch is not None and watch.kept:
+            suspect = "depth" if bool(torch.isfinite(watch.kept[-1].hidden).all()) else "backbone"
+        return Breach(str(fault), "frame", frame, suspect)
+    if isinstance(fault, (MemoryError, torch.OutOfMemoryError)) or any(word in str(fault) for word in _NO_MEMORY):
+        return Breach(reason, "memory", frame)
+    return Breach(reason, "exception", frame)

@@ -47,6 +47,14 @@ _FORCED_CODEBOOKS = 3
 _LEAST_SQNR = 10.0
 """In dB. On random weights bf16 has 36, int8 29; a codebook taken for another has 0 or less."""
 
+EAGER_STEPS: dict[str, Callable[..., Any]] = {
+    "embed": embed_step,
+    "layer": layer_step,
+    "codebook0": codebook0_step,
+    "depth": depth_step,
+}
+"""The steps as they are, for eager execution."""
+
 MODES = ("auto", "compile", "graph", "kernels", "library", "eager")
 _FUSED, _CAPTURED = ("graph", "kernels"), ("graph", "library")
 """Modes that run the fused kernels, and modes that replay a CUDA graph."""
@@ -110,6 +118,7 @@ class _Runner:
         self.released: torch.cuda.Event | None = None
         self._logits: list[Tensor] = []
         self._buffers: list[Tensor] | None = None
+        self._plain: _Runner | None = None
 
     def keep(self, logits: list[Tensor], fixed: bool) -> None:
         """The logits of the frame just made, codebook by codebook; ``fixed`` where a CUDA graph is to write them."""
@@ -124,9 +133,17 @@ class _Runner:
 
     def logits(self) -> tuple[Tensor, Tensor]:
         """The latest frame's, ``[B, vocab]`` and ``[codebooks - 1, B, depth_vocab]`` fp32."""
-        if self.frame is not None:
+        if self.frame is not None and not self._logits:
             return self.frame.logits()
         return self._logits[0], torch.stack(self._logits[1:])
+
+    def plain(self) -> _Runner:
+        """The same state with the steps run eagerly on library ops."""
+        if self._plain is None:
+            steps: dict[str, Callable[..., Any]] = {**EAGER_STEPS, "depth pair": depth_pair_step}
+            self._plain = _Runner(steps, LIBRARY_OPS, self.state, self.state.hidden.device)
+            self._plain.params, self._plain.depth_params, self._plain.key = self.params, self.depth_params, self.key
+        return self._plain
 
     def forget(self) -> None:
         """Let go of weights that compiled steps have seen."""
@@ -159,6 +176,7 @@ class Engine:
         lag: frames that may be launched ahead of what the host has read. A graph's launch returns at once, so the device
             would idle while the host looks at each frame; other modes are busy on the host anyway.
         unfused: why the fused kernels do not run although the mode asks for them, or None.
+        plain: ``depth`` or ``backbone`` where the guard suspects the steps in use: eager ones run instead.
     """
 
     def __init__(
@@ -184,6 +202,7 @@ class Engine:
         self.mode = mode
         self.lag = 2 if mode in _CAPTURED else 0
         self.metrics = metrics
+        self.plain: frozenset[str] = frozenset()
         self.packed: Packed | None = None
         self.rotary, self.depth_rotary = rotary
         self._fused = fused.FusedModel(spec, rotary) if mode in _FUSED and self.unfused is None else None
@@ -237,12 +256,7 @@ class Engine:
         if size is None:
             raise ValueError(f"batch of {rows} rows is larger than the largest bucket, {BUCKETS[-1]}")
         if size not in self._runners:
-            steps: dict[str, Callable[..., Any]] = {
-                "embed": embed_step,
-                "layer": layer_step,
-                "codebook0": codebook0_step,
-                "depth": depth_step,
-            }
+            steps: dict[str, Callable[..., Any]] = dict(EAGER_STEPS)
             if self.mode != "compile" or size <= _PAIRED_ROWS:
                 steps["depth pair"] = depth_pair_step
             if self.mode == "compile" and self.capacity >= 2 * _SHORT_WINDOW:
@@ -260,7 +274,11 @@ class Engine:
 
     def emit(self, runner: _Runner) -> None:
         """All codebooks of one frame, from ``state.hidden`` into ``state.codes``, and whether speech has ended."""
-        if runner.frame is not None:
+        keep = runner.keep
+        if "depth" in self.plain:
+            runner = runner.plain()
+        elif runner.frame is not None:
+            keep([], fixed=False)
             runner.frame.emit()
             return
         packed, state = self._bound(), runner.state
@@ -278,7 +296,7 @@ class Engine:
             token, logits = self.depth_position(runner, position, token)
             tokens.append(token)
             made.append(logits)
-        runner.keep(made, fixed=self.mode in _CAPTURED)
+        keep(made, fixed=self.mode in _CAPTURED)
         codes = torch.stack(tokens, dim=1)
         stray = ((codes < 0) | (codes >= self._limits)).any()
         state.faults.bitwise_or_(stray.to(torch.int32) * int(Fault.OUT_OF_RANGE))
@@ -318,7 +336,9 @@ class Engine:
     def advance(self, runner: _Runner) -> None:
         """Feed ``state.codes`` to the backbone: the next ``state.hidden``, one position further."""
         packed, state = self._bound(), runner.state
-        if runner.frame is not None:
+        if "backbone" in self.plain:
+            runner = runner.plain()
+        elif runner.frame is not None:
             runner.frame.advance()
             state.filled += 1
             return
@@ -344,7 +364,7 @@ class Engine:
 
     def next_frame(self, runner: _Runner, first: bool) -> Tensor:
         """Run one frame and return its codes, ``[B, codebooks]``, a buffer the next call overwrites."""
-        if runner.graphs is not None:
+        if runner.graphs is not None and not self.plain:
             runner.graphs[0 if first else 1].replay()
             return runner.state.codes
         start = time.perf_counter()
@@ -381,7 +401,7 @@ class Engine:
             )
         if runner.frame is not None:
             runner.frame.forget_faults()
-        if self.mode in _CAPTURED and runner.graphs is None:
+        if self.mode in _CAPTURED and runner.graphs is None and not self.plain:
             runner.state.rewind()
 
             def later() -> None:
@@ -394,6 +414,13 @@ class Engine:
                 if self.metrics.fault(f"CUDA graph capture failed: {failure}"):
                     logger.warning("CUDA graph capture failed, running the frame as launches: %s", failure)
         return runner
+
+    def free(self) -> None:
+        """Let go of all buffers and graphs, after a lack of memory; the next :meth:`prepare` makes new ones."""
+        self._wait_for_dropped_frames()
+        self._runners.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def release(self, runner: _Runner) -> None:
         """Let the next :meth:`prepare` have the runner, on whatever stream: it waits there for what is still running."""
@@ -465,7 +492,7 @@ class Engine:
         for position in self._positions[:2]:
             _, ours = self.depth_position(runner, position, token)
         eager = _Runner(
-            {"embed": embed_step, "layer": layer_step, "codebook0": codebook0_step, "depth": depth_step},
+            EAGER_STEPS,
             LIBRARY_OPS if self.dtype == torch.float32 else COMPILED_OPS,
             state,
             self.device,

@@ -89,7 +89,13 @@ class State:
         self.pad_code.fill_(pad_code or 0)
 
     def load_prompt(
-        self, layers: list[tuple[Tensor, Tensor]], hidden: Tensor, mask: Tensor | None, positions: Tensor
+        self,
+        layers: list[tuple[Tensor, Tensor]],
+        hidden: Tensor,
+        mask: Tensor | None,
+        positions: Tensor,
+        frames: int = 0,
+        ended: Tensor | None = None,
     ) -> None:
         """Take over a prefilled prompt; rows beyond its batch repeat its first row and are never returned.
 
@@ -98,6 +104,8 @@ class State:
             hidden: ``[N, D]`` normalised hidden state of the last position.
             mask: ``[N, T]`` 1 where a prompt position counts, or None for all.
             positions: ``[N]`` rotary position of the last prompt position.
+            frames: how many of the prompt's last positions are frames of this utterance, made before.
+            ended: ``[N]`` bool, rows whose speech has ended in them; None for none.
         """
         count, _, tokens, _ = layers[0][0].shape
         rows = torch.arange(self.rows, device=self.hidden.device)
@@ -110,8 +118,8 @@ class State:
         self.filled = tokens
         self.length.fill_(tokens)
         self.position.copy_(positions[rows] + 1)
-        self.frame.zero_()
-        self.ended.zero_()
+        self.frame.fill_(frames)
+        self.ended.copy_(torch.zeros_like(self.ended) if ended is None else ended[rows])
         self.faults.zero_()
         self.allowed.zero_()
         self.allowed[:, :tokens] = True if mask is None else mask[rows].bool()

@@ -189,6 +189,16 @@ class PackedWeights:
             if isinstance(copy.packed, QuantWeight):
                 copy.fingerprint = None
 
+    def forget(self, names: list[str]) -> None:
+        """Drop copies that are not to be trusted: they are packed again, where there still is something to pack."""
+        for name in names:
+            if name in self._copies and self._copies[name].fingerprint is not None:
+                del self._copies[name]
+
+    def corrupted(self) -> list[str]:
+        """Names of the copies whose bits have changed since they were packed."""
+        return []
+
     def copied_bytes(self) -> int:
         """Bytes held by packed copies, over and above the stock model."""
         return sum(storage_bytes(copy.packed) for copy in self._copies.values())
@@ -205,6 +215,34 @@ def matrices(packed: Packed) -> list[Tensor]:
     for stack in (packed.backbone, packed.depth):
         weights += [value.weight for layer in stack.layers for value in layer if isinstance(value, Linear)]
     return [weight.data if isinstance(weight, QuantWeight) else weight for weight in weights]
+
+
+def unlowered(weights: ModelWeights) -> Packed:
+    """The stock model's own tensors in the same form, nothing copied."""
+
+    def linear(live: LinearWeights) -> Linear:
+        return Linear(live.weight, live.bias)
+
+    def stack(layers: list[LayerWeights], norm: Tensor) -> Stack:
+        made = [
+            Layer(
+                input_norm=live.input_norm,
+                post_norm=live.post_norm,
+                **{name: linear(getattr(live, name)) for name in _LINEARS},
+            )
+            for live in layers
+        ]
+        return Stack(made, norm)
+
+    return Packed(
+        backbone=stack(weights.backbone, weights.backbone_norm),
+        backbone_head=linear(weights.backbone_head),
+        backbone_embedding=weights.backbone_embedding,
+        depth=stack(weights.depth, weights.depth_norm),
+        depth_projection=linear(weights.depth_projection),
+        depth_heads=weights.depth_heads.transpose(-1, -2),
+        depth_embedding=weights.depth_embedding,
+    )
 
 
 def storage_bytes(weight: Tensor | QuantWeight) -> int:

@@ -193,6 +193,22 @@ def prompt_embeddings(model: Any, request: Request) -> Tensor:
     return model._merge_input_ids_with_input_values(input_ids=ids, **request.prompt)["inputs_embeds"]
 
 
+def prompt_with_frames(model: Any, request: Request, made: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Embeddings ``[N, T + n, D]``, mask and positions of the prompt and the frames ``[N, n, codebooks]`` made since."""
+    x, mask, positions, n = prompt_embeddings(model, request), request.mask, request.positions, made.shape[1]
+    if n:
+        x = torch.cat([x, model.backbone_model.embed_tokens(made)], dim=1)
+        steps = torch.arange(1, n + 1, device=positions.device)
+        positions = torch.cat([positions, positions[:, -1:] + steps], dim=1)
+        mask = None if mask is None else torch.cat([mask, mask.new_ones(mask.shape[0], n)], dim=1)
+    return x, mask, positions
+
+
+def text_embeddings(model: Any, ids: Tensor) -> Tensor:
+    """``[N, T, D]`` in the model's dtype, of text token ids ``[N, T]``."""
+    return model._merge_input_ids_with_input_values(input_ids=ids)["inputs_embeds"]
+
+
 def fill_cache(cache: Any, layers: Iterable[tuple[Tensor, Tensor]]) -> None:
     """Put keys and values ``[N, KV, T, D]`` of every layer into an empty stock cache."""
     for index, (keys, values) in enumerate(layers):
@@ -244,13 +260,7 @@ def continue_on_stock(
     from transformers.generation.stopping_criteria import MaxLengthCriteria, StoppingCriteriaList
 
     n = made.shape[1]
-    x = prompt_embeddings(model, request)
-    mask, positions = request.mask, request.positions
-    if n:
-        x = torch.cat([x, model.backbone_model.embed_tokens(made)], dim=1)
-        steps = torch.arange(1, n + 1, device=positions.device)
-        positions = torch.cat([positions, positions[:, -1:] + steps], dim=1)
-        mask = None if mask is None else torch.cat([mask, mask.new_ones(mask.shape[0], n)], dim=1)
+    x, mask, positions = prompt_with_frames(model, request, made)
     config = copy.copy(config)
     config.return_dict_in_generate = False
     config.prefill_chunk_size = None

@@ -1,0 +1,197 @@
+"""The rungs below the fast path: what is switched off on each, in which order they come, and their engines.
+
+From the top: ``fast``; ``plain depth`` and ``plain backbone``, where the suspect's steps run eagerly; ``kept depth`` and
+``kept backbone``, where its weights are the stock model's own and everything runs eagerly; ``eager``, all weights as the
+stock model has them; ``stock``, the untouched model.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from csm_runtime.adapters import hf, hf_call
+from csm_runtime.adapters.hf_passes import Passes
+from csm_runtime.checks import Checks, Sample, Scene
+from csm_runtime.engine import Engine
+from csm_runtime.guard import CHECKS, FAST, STOCK, Breach, Floors, floors_of
+from csm_runtime.metrics import Metrics
+from csm_runtime.precision import ZONES, PrecisionPolicy
+from csm_runtime.replay import Replay
+from csm_runtime.weights import Packed, PackedWeights, unlowered
+
+CALIBRATION_FRAMES = 6
+"""Frames that limits are taken from: the model's own, of a made-up prompt."""
+_PROMPT = 12
+_NOISES = 16
+"""Noises with which each of those frames is drawn again, to count tokens that differ in health."""
+_SAMPLING = (0.9, 50)
+
+_ORDER = (FAST, "plain", "kept", "eager", STOCK)
+
+
+class Seat(NamedTuple):
+    """What frames are made with on one rung."""
+
+    engine: Engine
+    passes: Passes
+    weights: PackedWeights
+
+
+def plain_parts(rung: str) -> frozenset[str]:
+    """The parts whose steps run eagerly although the engine has faster ones."""
+    return frozenset({rung.removeprefix("plain ")} if rung.startswith("plain ") else ())
+
+
+def below(rung: str, breach: Breach, mode: str, policy: PrecisionPolicy, dropped: bool) -> str:
+    """The next rung after an incident.
+
+    Args:
+        rung: the present one.
+        breach: what happened.
+        mode: of the fast engine.
+        policy: in force.
+        dropped: whether the stock weights are gone, so that nothing can be kept as the stock model has it.
+    """
+    ladder = []
+    if breach.kind != "memory":
+        if breach.suspect is not None and not breach.formats and mode != "eager":
+            ladder.append(f"plain {breach.suspect}")
+        if breach.suspect is not None and not dropped and _lowered(policy, breach.suspect):
+            ladder.append(f"kept {breach.suspect}")
+        if mode != "eager" or (not dropped and any(_lowered(policy, part) for part in ("backbone", "depth"))):
+            ladder.append("eager")
+    present = _ORDER.index(rung.partition(" ")[0])
+    return next((name for name in ladder if _ORDER.index(name.partition(" ")[0]) > present), STOCK)
+
+
+def _lowered(policy: PrecisionPolicy, part: str) -> bool:
+    return any(policy.format_of(zone) != "keep" for zone in ZONES if zone.startswith(part))
+
+
+def safer_policy(policy: PrecisionPolicy, rung: str) -> PrecisionPolicy:
+    """The policy of a rung whose weights are, wholly or in part, the stock model's own."""
+    if rung == "eager":
+        return PrecisionPolicy((), "stock")
+    part = rung.removeprefix("kept ")
+    return PrecisionPolicy(((f"{part}.*", "keep"), *policy.rules), f"{policy.name}, {part} kept")
+
+
+def build_seat(model: Any, rung: str, like: Seat, dropped: bool, metrics: Metrics) -> Seat:
+    """Engine, passes and weights of a rung below the fast ones; nothing is compiled for it.
+
+    Args:
+        model: transformers' CSM.
+        rung: ``eager`` or one that keeps weights.
+        like: the fast path's.
+        dropped: whether the stock weights are gone: the packed ones serve on.
+        metrics: where timings go.
+    """
+    fast = like.engine
+    with torch.no_grad():
+        rotary = hf.rotary_tables(model, fast.capacity)
+        engine = Engine(fast.spec, rotary, fast.dtype, fast.device, fast.capacity, "eager", metrics)
+    weights = like.weights if dropped else PackedWeights(safer_policy(like.weights.policy, rung))
+    return Seat(engine, Passes(model, False, metrics), weights)
+
+
+def replay_of(engine: Engine, runner: Any) -> Replay:
+    """Teacher-forced passes that round as an engine does."""
+    state = runner.state
+    return Replay(engine.spec, (engine.rotary, engine.depth_rotary), (state.keys[0].dtype, state.depth_keys[0].dtype))
+
+
+def scene(model: Any, seat: Seat, runner: Any, prompt: int, position: Tensor, dropped: bool) -> Scene:
+    """Where a call stands, for the guard's checks.
+
+    Args:
+        model: transformers' CSM.
+        seat: what its frames are made with.
+        runner: of the engine.
+        prompt: positions of the prompt.
+        position: ``[N]`` int64, rotary position of the last of them.
+        dropped: whether the stock weights are gone.
+    """
+    state, stock = runner.state, Passes(model, False, seat.engine.metrics)
+    packed = seat.engine.packed
+    assert packed is not None
+    live: list[Packed] = []
+
+    def unlowered_once() -> Packed | None:
+        if dropped:
+            return None
+        if not live:
+            live.append(unlowered(hf.live_weights(model)))
+        return live[0]
+
+    def stock_logits(hidden: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+        first = model.lm_head(hidden.to(model.lm_head.weight.dtype)).float()
+        return first, stock.codebook_logits(hidden, codes[:, :-1])
+
+    return Scene(
+        packed=packed,
+        stock=unlowered_once,
+        stock_logits=stock_logits,
+        corrupted=seat.weights.corrupted,
+        keys=state.keys,
+        values=state.values,
+        allowed=state.allowed,
+        prompt=prompt,
+        position=position,
+        params=(runner.params, runner.depth_params),
+        seed=state.seed,
+        utterance=state.utterance,
+    )
+
+
+def calibrate(model: Any, seat: Seat, size: int, dropped: bool) -> Floors:
+    """Limits from a few frames of the model's own, and what each check costs here.
+
+    Args:
+        model: transformers' CSM.
+        seat: what its frames are made with; its state is overwritten.
+        size: batch size that the engine is ready for.
+        dropped: whether the stock weights are gone.
+
+    Raises:
+        ArithmeticError: the decode steps are far off their reference.
+    """
+    engine = seat.engine
+    vocab = model.config.text_vocab_size
+    ids = (torch.arange(_PROMPT, device=engine.device) * 37 % vocab)[None]
+    x = hf_call.text_embeddings(model, ids)
+    positions = torch.arange(_PROMPT, device=engine.device)[None]
+    prompt = seat.passes.prefill(x, None, positions)
+    runner = engine.prepare(size)
+    state = runner.state
+    state.load_prompt(prompt.layers, prompt.hidden, None, positions[:, -1])
+    state.set_end(-1, engine.spec.codebooks, None)
+    for params in (runner.params, runner.depth_params):
+        params.do_sample.fill_(True)
+        params.temperature.fill_(_SAMPLING[0])
+        params.top_k.fill_(_SAMPLING[1])
+        params.top_p.fill_(1.0)
+    state.seed.zero_()
+    state.utterance.zero_()
+    samples: list[Sample] = []
+    alive = torch.ones(1, dtype=torch.bool, device=engine.device)
+    for number in range(min(CALIBRATION_FRAMES, engine.capacity - _PROMPT)):
+        engine.next_frame(runner, first=number == 0)
+        samples.append(Sample(number, *engine.trace(runner, 1), alive))
+    if int(state.faults):
+        raise ArithmeticError(f"the frames made for calibration have faults, bits {int(state.faults)}")
+    codes = [sample.codes for sample in samples]
+    checks = Checks(replay_of(engine, runner), scene(model, seat, runner, _PROMPT, positions[:, -1], dropped))
+    measured, seconds = {}, {}
+    for name in CHECKS:
+        measured[name] = [checks.depth(samples, _NOISES) if name == "depth" else checks(name, samples, codes)]
+        start = time.perf_counter()
+        again = checks(name, samples[-1:], codes)
+        seconds[name] = time.perf_counter() - start
+        if not again.frames and name != "copies":
+            del seconds[name]  # there is nothing to check
+    dtype = str(engine.dtype).removeprefix("torch.")
+    return floors_of(measured, seconds, policy=seat.weights.policy.name, mode=engine.mode, dtype=dtype)
