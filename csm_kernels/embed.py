@@ -9,6 +9,7 @@ from csm_kernels import _ops
 from csm_kernels._rows import row_start, rows_of
 from csm_kernels._target import runs_triton, tl, triton
 from csm_kernels._tiles import tiles
+from csm_kernels.quant import QuantWeight, dequantize, take_rows
 
 
 @triton.jit
@@ -246,18 +247,18 @@ def embed_tokens_ref(
     return total
 
 
-def embed_frame_ref(codes: Tensor, table: Tensor, vocab: int) -> Tensor:
+def embed_frame_ref(codes: Tensor, table: Tensor | QuantWeight, vocab: int) -> Tensor:
     """The backbone's input for the next position: the sum of a frame's codebook embeddings, in fp32.
 
     :func:`embed_tokens_ref` for codes that are known to be in range, in the form that compiles to one loop.
 
     Args:
         codes: ``[B, K]`` int64, each in ``[0, vocab)``.
-        table: ``[K * vocab, D]``; codebook ``k`` owns rows ``k * vocab`` to ``(k + 1) * vocab - 1``.
+        table: ``[K * vocab, D]``, quantised or not; codebook ``k`` owns rows ``k * vocab`` to ``(k + 1) * vocab - 1``.
         vocab: rows per codebook.
 
     Returns:
         ``[B, D]`` fp32.
     """
     offsets = torch.arange(codes.shape[1], device=codes.device) * vocab
-    return table[codes + offsets].float().sum(dim=1)
+    return dequantize(take_rows(table, codes + offsets)).sum(dim=1)

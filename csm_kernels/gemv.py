@@ -88,6 +88,11 @@ def gemv_library(x: Tensor, weight: Tensor | QuantWeight, bias: Tensor | None = 
     return out if bias is None else out + bias.float()
 
 
+def gemv_widened(x: Tensor, weight: Tensor | QuantWeight, bias: Tensor | None = None) -> Tensor:
+    """The same with every weight widened to fp32 first, so that no activation is rounded. Shapes as there."""
+    return gemv_library(x, weight if isinstance(weight, QuantWeight) else weight.float(), bias)
+
+
 def _unpacked(weight: Tensor | QuantWeight) -> tuple[Tensor, Tensor | None, int]:
     """As a registered op takes it: tensors and a number."""
     if isinstance(weight, QuantWeight):

@@ -149,6 +149,13 @@ def dequantize(weight: Tensor | QuantWeight) -> Tensor:
     return values.flatten(-2)[..., : weight.width]
 
 
+def take_rows(weight: Tensor | QuantWeight, index: Tensor | slice | int) -> Tensor | QuantWeight:
+    """``weight[index]``, along the first dimension, in its own format."""
+    if isinstance(weight, QuantWeight):
+        return QuantWeight(weight.data[index], weight.scale[index], weight.padding)
+    return weight[index]
+
+
 def _peak(rows: Tensor) -> Tensor:
     return torch.maximum(rows.amax(dim=-1), -rows.amin(dim=-1))
 

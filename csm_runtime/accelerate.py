@@ -28,7 +28,7 @@ from csm_runtime.metrics import Metrics
 from csm_runtime.precision import PrecisionPolicy, resolve_policy
 from csm_runtime.report import Report
 from csm_runtime.training import CsmTrainingConfig, accelerate_training
-from csm_runtime.weights import PackedWeights, matrices, zone_table
+from csm_runtime.weights import DTYPES, PackedWeights, matrices, zone_table
 
 logger = logging.getLogger("csm_runtime")
 
@@ -216,7 +216,7 @@ class Acceleration:
             dtype=str(engine.dtype).removeprefix("torch."),
             mode=engine.mode,
             policy=self.policy.name,
-            zones=zone_table(packed, self.policy, self._spec.codebooks - 1),
+            zones=zone_table(packed, self._weights, (engine.kv_dtype, engine.kv_bytes()), hf.codec_size(self._model)),
             copied_bytes=self._weights.copied_bytes() + engine.fused_bytes(),
             kv_bytes=engine.kv_bytes(),
             capacity=engine.capacity,
@@ -245,16 +245,18 @@ class Acceleration:
                 self._model.__dict__.pop(name, None)
 
     def drop_originals(self) -> None:
-        """Free the stock copies of int8 matrices; the stock modules compute from the int8 copies from now on."""
-        if hf.drop_originals(self._model, self._weights.copy_of):
-            self._weights.release_sources()
+        """Free the stock copies of quantised matrices; the stock modules compute from the packed copies from now on."""
+        packed = self._engine.packed
+        assert packed is not None
+        heads = [packed.depth_heads.one(k) for k in range(1, self._spec.codebooks)]
+        freed = hf.drop_originals(self._model, self._weights.quantized(), heads)
+        if freed:
+            self._weights.release_sources(freed)
             self._dropped = True
             self._seats.clear()
             self._passes = Passes(self._model, False, self.metrics)
         else:
-            self.notes.append(
-                f"drop_originals had nothing to drop: precision {self.policy.name!r} stores nothing in int8"
-            )
+            self.notes.append(f"drop_originals had nothing to drop: precision {self.policy.name!r} quantises nothing")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None  # a copied model is a stock model
@@ -270,7 +272,8 @@ class Acceleration:
         capacity = self._wanted_positions or min(self._spec.backbone.positions, DEFAULT_POSITIONS)
         with plain_mode():
             rotary = hf.rotary_tables(self._model, capacity)
-            engine = Engine(self._spec, rotary, dtype, device, capacity, self._wanted_mode, self.metrics)
+            kv_dtype = DTYPES.get(self.policy.format_of("kv"))
+            engine = Engine(self._spec, rotary, dtype, device, capacity, self._wanted_mode, self.metrics, kv_dtype)
         # A stock layer whose weights were dropped computes from int8 in a way that is not worth compiling.
         compiled = engine.mode not in ("eager", "kernels") and not self._dropped
         self._passes = Passes(self._model, compiled, self.metrics)
@@ -285,7 +288,7 @@ class Acceleration:
                 logger.warning(note)
 
     def _matrix_count(self) -> int:
-        return 7 * (self._spec.backbone.layers + self._spec.depth.layers) + 3
+        return 7 * (self._spec.backbone.layers + self._spec.depth.layers) + 5
 
     def _refresh(self, advance: Callable[[str], None] | None = None) -> None:
         """Follow the model: its device, its dtype, its weights."""
@@ -475,7 +478,7 @@ class Acceleration:
     def _distrust(self, breach: Breach, frame: int, rows: int, evidence: dict[str, Tensor]) -> None:
         """Take the next rung; the frames before ``frame`` stay."""
         engine, rung = self._engine, self.guard.rung
-        lower = ladder.below(rung, breach, engine.mode, self.policy, self._dropped)
+        lower = ladder.below(rung, breach, engine, self.policy, self._dropped)
         event = GuardEvent(
             kind=breach.kind,
             reason=breach.reason,

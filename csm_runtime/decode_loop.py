@@ -165,7 +165,11 @@ class DecodeLoop:
         """Fill the caller's ``past_key_values`` up to the last frame but one, as the stock loop leaves them."""
         request, state, rows = self._request, self.runner.state, len(self.ended)
         held = request.input_ids.shape[1] + len(self.frames) - 1
-        pairs = ((k[:rows, :, :held].clone(), v[:rows, :, :held].clone()) for k, v in zip(state.keys, state.values))
+        dtype = self._engine.dtype  # the model's; the policy may keep the cache in another
+        pairs = (
+            tuple(cache[:rows, :, :held].to(dtype, copy=True) for cache in layer)
+            for layer in zip(state.keys, state.values)
+        )
         try:
             hf_call.fill_cache(request.output_cache, pairs)
         except Exception as error:  # it must not cost the utterance that is already there

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from csm_kernels.attention import attention_step_ref
+from csm_kernels.gemv import gemv_widened
 from csm_kernels.norm import rms_norm_ref
 from csm_kernels.sampling import NoiseKey, SamplingParams
 from csm_runtime import compiling, fused, graphs
@@ -28,7 +30,7 @@ from csm_runtime.steps import (
     embed_step,
     layer_step,
 )
-from csm_runtime.weights import Packed
+from csm_runtime.weights import Packed, matrices
 
 logger = logging.getLogger("csm_runtime")
 
@@ -47,14 +49,6 @@ _FORCED_CODEBOOKS = 3
 _LEAST_SQNR = 10.0
 """In dB. On random weights bf16 has 36, int8 29; a codebook taken for another has 0 or less."""
 
-EAGER_STEPS: dict[str, Callable[..., Any]] = {
-    "embed": embed_step,
-    "layer": layer_step,
-    "codebook0": codebook0_step,
-    "depth": depth_step,
-}
-"""The steps as they are, for eager execution."""
-
 MODES = ("auto", "compile", "graph", "kernels", "library", "eager")
 _FUSED, _CAPTURED = ("graph", "kernels"), ("graph", "library")
 """Modes that run the fused kernels, and modes that replay a CUDA graph."""
@@ -63,6 +57,12 @@ _FUSED, _CAPTURED = ("graph", "kernels"), ("graph", "library")
 def bucket_for(rows: int) -> int | None:
     """The smallest bucket that holds a batch, None beyond the largest."""
     return next((size for size in BUCKETS if rows <= size), None)
+
+
+def _eager_steps(banks: int) -> dict[str, Callable[..., Any]]:
+    """The steps as they are, for eager execution; ``banks`` of depth heads."""
+    depth = {f"depth bank {i}": depth_step for i in range(banks)}
+    return {"embed": embed_step, "layer": layer_step, "codebook0": codebook0_step, **depth}
 
 
 class _Window(NamedTuple):
@@ -97,7 +97,8 @@ class _Runner:
             for name, size in sizes.items()
             if name in steps
         ]
-        self.codebook0, self.depth = steps["codebook0"], steps["depth"]
+        self.codebook0 = steps["codebook0"]
+        self.depth = [step for name, step in steps.items() if name.startswith("depth bank")]
         self.depth_pair = steps.get("depth pair")
         self.ops = ops
         self.state = state
@@ -137,11 +138,11 @@ class _Runner:
             return self.frame.logits()
         return self._logits[0], torch.stack(self._logits[1:])
 
-    def plain(self) -> _Runner:
-        """The same state with the steps run eagerly on library ops."""
+    def plain(self, ops: Ops) -> _Runner:
+        """The same state with the steps run eagerly on other ops."""
         if self._plain is None:
-            steps: dict[str, Callable[..., Any]] = {**EAGER_STEPS, "depth pair": depth_pair_step}
-            self._plain = _Runner(steps, LIBRARY_OPS, self.state, self.state.hidden.device)
+            steps = {**_eager_steps(len(self.depth)), "depth pair": depth_pair_step}
+            self._plain = _Runner(steps, ops, self.state, self.state.hidden.device)
             self._plain.params, self._plain.depth_params, self._plain.key = self.params, self.depth_params, self.key
         return self._plain
 
@@ -150,7 +151,7 @@ class _Runner:
         for step in (
             self.embed,
             self.codebook0,
-            self.depth,
+            *self.depth,
             self.depth_pair,
             *(window.layer for window in self.windows),
         ):
@@ -164,13 +165,14 @@ class Engine:
     Args:
         spec: the model's shape.
         rotary: rotary tables of the backbone and the depth decoder, ``[positions, head_dim]`` fp32.
-        dtype: dtype of the KV buffers, the model's own.
+        dtype: the model's own.
         device: where the weights are.
         capacity: positions the backbone's KV buffer holds per row.
         mode: ``compile`` (torch.compile, the default on a CPU), ``graph`` (the fused kernels in one CUDA graph per frame,
             the default on CUDA), ``kernels`` (the same, launched one by one), ``library`` (a CUDA graph of PyTorch's own
             ops), ``eager``, or ``auto``.
         metrics: where timings go.
+        kv_dtype: dtype of the KV buffers, the model's own where None.
 
     Attributes:
         lag: frames that may be launched ahead of what the host has read. A graph's launch returns at once, so the device
@@ -188,6 +190,7 @@ class Engine:
         capacity: int,
         mode: str,
         metrics: Metrics,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
@@ -199,6 +202,7 @@ class Engine:
         if mode == "kernels" and self.unfused is not None:
             raise ValueError(f"mode 'kernels' runs the fused kernels, and {self.unfused}; use 'auto'")
         self.spec, self.dtype, self.device, self.capacity = spec, dtype, device, capacity
+        self.kv_dtype = kv_dtype or dtype
         self.mode = mode
         self.lag = 2 if mode in _CAPTURED else 0
         self.metrics = metrics
@@ -211,7 +215,8 @@ class Engine:
         self._depth_shape = _heads(spec.depth)
         self._books = torch.tensor(list(range(spec.codebooks)), device=device)
         self._limits = torch.tensor([spec.vocab] + [spec.depth_vocab] * (spec.codebooks - 1), device=device)
-        self._positions = [torch.tensor([p], device=device) for p in range(spec.codebooks)]
+        self._positions = range(spec.codebooks)
+        self._numbers = [torch.tensor([p], device=device) for p in self._positions]
 
     def bind(self, packed: Packed) -> bool:
         """Use these weights from now on.
@@ -222,7 +227,8 @@ class Engine:
         dropped = False
         if self.packed is not None:
             old, new = _leaves(self.packed), _leaves(packed)
-            if [_layout(t) for t in old] != [_layout(t) for t in new]:
+            same_heads = self.packed.depth_heads.places == packed.depth_heads.places
+            if not same_heads or [_layout(t) for t in old] != [_layout(t) for t in new]:
                 self._runners.clear()
                 dropped = True
             elif [t.data_ptr() for t in old] != [t.data_ptr() for t in new]:
@@ -231,6 +237,11 @@ class Engine:
                     runner.forget()
         self.packed = packed
         self._wait_for_dropped_frames()
+        reason = fused.why_not_these(packed) if self._fused is not None else None
+        if reason is not None and self.mode == "kernels":
+            raise ValueError(f"mode 'kernels' runs the fused kernels, and {reason}; use 'auto'")
+        if reason is not None:
+            self._fused, self.unfused = None, reason
         if self._fused is not None and self._repacked(self._fused, packed):
             for runner in self._runners.values():
                 runner.graphs = runner.frame = None
@@ -256,17 +267,27 @@ class Engine:
         if size is None:
             raise ValueError(f"batch of {rows} rows is larger than the largest bucket, {BUCKETS[-1]}")
         if size not in self._runners:
-            steps: dict[str, Callable[..., Any]] = dict(EAGER_STEPS)
+            steps = _eager_steps(len(self._bound().depth_heads.banks))
             if self.mode != "compile" or size <= _PAIRED_ROWS:
                 steps["depth pair"] = depth_pair_step
             if self.mode == "compile" and self.capacity >= 2 * _SHORT_WINDOW:
                 steps["short layer"] = layer_step
             if self.mode == "compile":
                 steps = {name: compiling.compile_step(fn) for name, fn in steps.items()}
-            ops = COMPILED_OPS if self.mode == "compile" else LIBRARY_OPS
-            state = State(self.spec, size, self.capacity, self.dtype, self.device)
+            ops = COMPILED_OPS if self.mode == "compile" else self._library_ops()
+            state = State(self.spec, size, self.capacity, self.kv_dtype, self.device)
             self._runners[size] = _Runner(steps, ops, state, self.device)
         return self._runners[size]
+
+    def _library_ops(self) -> Ops:
+        """PyTorch's own ops, which round activations to the dtype of weights and cache where it is the model's own.
+
+        A policy lowers what is stored: casts are widened again, as quantised weights are.
+        """
+        ops = LIBRARY_OPS
+        if any(t.dtype in (torch.bfloat16, torch.float16) and t.dtype != self.dtype for t in matrices(self._bound())):
+            ops = ops._replace(gemv=gemv_widened)
+        return ops if self.kv_dtype == self.dtype else ops._replace(attention=attention_step_ref)
 
     def kv_bytes(self) -> int:
         """Bytes of all KV buffers made so far."""
@@ -276,7 +297,7 @@ class Engine:
         """All codebooks of one frame, from ``state.hidden`` into ``state.codes``, and whether speech has ended."""
         keep = runner.keep
         if "depth" in self.plain:
-            runner = runner.plain()
+            runner = runner.plain(self._library_ops())
         elif runner.frame is not None:
             keep([], fixed=False)
             runner.frame.emit()
@@ -304,24 +325,33 @@ class Engine:
         other = (state.codes != state.end_code) & (self._books < state.judged)
         state.ended.logical_or_(~other.any(dim=1))
 
-    def depth_position(self, runner: _Runner, position: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
+    def depth_position(self, runner: _Runner, position: int, token: Tensor) -> tuple[Tensor, Tensor]:
         """One position of the depth decoder: token in, next token and its logits out."""
-        return runner.depth(position, token, *self._depth_arguments(runner))
+        bank, row = self._bound().depth_heads.places[max(position, 1) - 1]
+        step, numbers = runner.depth[bank], self._numbers
+        return step(numbers[position], numbers[row], token, *self._depth_arguments(runner, bank))
+
+    def _one_of_each_bank(self) -> list[int]:
+        """The first position that reads each bank of heads."""
+        heads = self._bound().depth_heads
+        banks = [bank for bank, _ in heads.places]
+        return [1 + banks.index(bank) for bank in range(len(heads.banks))]
 
     def depth_pair(self, runner: _Runner, token: Tensor) -> tuple[Tensor, Tensor]:
         """Positions 0 and 1 in one pass, where the runner has it: codebook 0 in, codebook 1 and its logits out."""
         assert runner.depth_pair is not None
-        return runner.depth_pair(token, *self._depth_arguments(runner))
+        bank, row = self._bound().depth_heads.places[0]
+        return runner.depth_pair(self._numbers[row], token, *self._depth_arguments(runner, bank))
 
-    def _depth_arguments(self, runner: _Runner) -> tuple[Any, ...]:
-        """What every step of the depth decoder takes besides position and token."""
+    def _depth_arguments(self, runner: _Runner, bank: int) -> tuple[Any, ...]:
+        """What every step of the depth decoder takes besides position, row and token."""
         packed, state = self._bound(), runner.state
         return (
             state.hidden,
             packed.depth_embedding,
             packed.depth_projection,
             packed.depth,
-            packed.depth_heads,
+            packed.depth_heads.banks[bank],
             state.depth_keys,
             state.depth_values,
             self.depth_rotary.cos,
@@ -337,7 +367,7 @@ class Engine:
         """Feed ``state.codes`` to the backbone: the next ``state.hidden``, one position further."""
         packed, state = self._bound(), runner.state
         if "backbone" in self.plain:
-            runner = runner.plain()
+            runner = runner.plain(self._library_ops())
         elif runner.frame is not None:
             runner.frame.advance()
             state.filled += 1
@@ -438,7 +468,7 @@ class Engine:
         if self.mode in _CAPTURED or self._fused is not None:
             return 1
         runner = self.runner(rows)
-        return 2 + len(runner.windows) + (runner.depth_pair is not None)
+        return 1 + len(runner.depth) + len(runner.windows) + (runner.depth_pair is not None)
 
     def warm_up(self, rows: int, advance: Callable[[str], None] | None = None) -> None:
         """Compile or capture every step for a batch of ``rows``, with made-up contents.
@@ -459,8 +489,9 @@ class Engine:
             return
         runner.codebook0(state.hidden, self._bound().backbone_head, runner.params, runner.key, state.faults, runner.ops)
         done("codebook 0")
-        self.depth_position(runner, self._positions[0], torch.zeros_like(state.seed))
-        done("depth step")
+        for position in self._one_of_each_bank():
+            self.depth_position(runner, position, torch.zeros_like(state.seed))
+            done("depth step")
         if runner.depth_pair is not None:
             self.depth_pair(runner, torch.zeros_like(state.seed))
             done("depth pair")
@@ -489,17 +520,16 @@ class Engine:
         state, generator = runner.state, torch.Generator().manual_seed(0)
         state.hidden.copy_(torch.randn(state.hidden.shape, generator=generator, dtype=torch.float32))
         token = torch.zeros_like(state.seed)
-        for position in self._positions[:2]:
-            _, ours = self.depth_position(runner, position, token)
+        tried = self._one_of_each_bank()
+        ours = [self.depth_position(runner, position, token)[1] for position in (0, *tried)]
         eager = _Runner(
-            EAGER_STEPS,
-            LIBRARY_OPS if self.dtype == torch.float32 else COMPILED_OPS,
+            _eager_steps(len(runner.depth)),
+            self._library_ops() if self.dtype == torch.float32 else COMPILED_OPS,
             state,
             self.device,
         )
-        for position in self._positions[:2]:
-            _, theirs = self.depth_position(eager, position, token)
-        checks = [("depth step", ours, theirs)]
+        theirs = [self.depth_position(eager, position, token)[1] for position in (0, *tried)]
+        checks = [("depth step", a, b) for a, b in list(zip(ours, theirs))[1:]]
         if runner.depth_pair is not None:
             written = state.depth_values[-1][:, :, :2].float()
             self.depth_pair(runner, token)
@@ -514,7 +544,7 @@ class Engine:
             args = (x, layer, *window.caches[0], slot, cos, sin, bias, self._shape)
             checks.append(("backbone layer", window.layer(*args, runner.ops), layer_step(*args, eager.ops)))
         # The values in the cache were rounded to its dtype: a rounding the other way is no fault.
-        rounding = 4 * torch.finfo(self.dtype).eps
+        rounding = 4 * max(torch.finfo(self.dtype).eps, torch.finfo(self.kv_dtype).eps)
         tolerance = 1e-3 if self.mode == "compile" or self.dtype == torch.float32 else 5e-2
         for name, a, b in checks:
             if not torch.isfinite(a).all():

@@ -19,7 +19,7 @@ from csm_runtime.checks import Checks, Sample, Scene
 from csm_runtime.engine import Engine
 from csm_runtime.guard import CHECKS, FAST, STOCK, Breach, Floors, floors_of
 from csm_runtime.metrics import Metrics
-from csm_runtime.precision import ZONES, PrecisionPolicy
+from csm_runtime.precision import PrecisionPolicy, zones_of
 from csm_runtime.replay import Replay
 from csm_runtime.weights import Packed, PackedWeights, unlowered
 
@@ -46,30 +46,33 @@ def plain_parts(rung: str) -> frozenset[str]:
     return frozenset({rung.removeprefix("plain ")} if rung.startswith("plain ") else ())
 
 
-def below(rung: str, breach: Breach, mode: str, policy: PrecisionPolicy, dropped: bool) -> str:
+def below(rung: str, breach: Breach, engine: Engine, policy: PrecisionPolicy, dropped: bool) -> str:
     """The next rung after an incident.
 
     Args:
         rung: the present one.
         breach: what happened.
-        mode: of the fast engine.
+        engine: the fast one.
         policy: in force.
         dropped: whether the stock weights are gone, so that nothing can be kept as the stock model has it.
     """
-    ladder = []
+    ladder, mode, codebooks = [], engine.mode, engine.spec.codebooks
     if breach.kind != "memory":
         if breach.suspect is not None and not breach.formats and mode != "eager":
             ladder.append(f"plain {breach.suspect}")
-        if breach.suspect is not None and not dropped and _lowered(policy, breach.suspect):
+        if breach.suspect is not None and not dropped and _lowered(policy, breach.suspect, codebooks):
             ladder.append(f"kept {breach.suspect}")
-        if mode != "eager" or (not dropped and any(_lowered(policy, part) for part in ("backbone", "depth"))):
+        if mode != "eager" or (
+            not dropped and any(_lowered(policy, part, codebooks) for part in ("backbone", "depth"))
+        ):
             ladder.append("eager")
     present = _ORDER.index(rung.partition(" ")[0])
     return next((name for name in ladder if _ORDER.index(name.partition(" ")[0]) > present), STOCK)
 
 
-def _lowered(policy: PrecisionPolicy, part: str) -> bool:
-    return any(policy.format_of(zone) != "keep" for zone in ZONES if zone.startswith(part))
+def _lowered(policy: PrecisionPolicy, part: str, codebooks: int) -> bool:
+    zones = [zone for zone in zones_of(codebooks) if zone.startswith(part) or zone == "kv"]
+    return any(policy.format_of(zone) != "keep" for zone in zones)
 
 
 def safer_policy(policy: PrecisionPolicy, rung: str) -> PrecisionPolicy:
@@ -77,7 +80,7 @@ def safer_policy(policy: PrecisionPolicy, rung: str) -> PrecisionPolicy:
     if rung == "eager":
         return PrecisionPolicy((), "stock")
     part = rung.removeprefix("kept ")
-    return PrecisionPolicy(((f"{part}.*", "keep"), *policy.rules), f"{policy.name}, {part} kept")
+    return PrecisionPolicy(((f"{part}.*", "keep"), ("kv", "keep"), *policy.rules), f"{policy.name}, {part} kept")
 
 
 def build_seat(model: Any, rung: str, like: Seat, dropped: bool, metrics: Metrics) -> Seat:
@@ -93,8 +96,17 @@ def build_seat(model: Any, rung: str, like: Seat, dropped: bool, metrics: Metric
     fast = like.engine
     with torch.no_grad():
         rotary = hf.rotary_tables(model, fast.capacity)
-        engine = Engine(fast.spec, rotary, fast.dtype, fast.device, fast.capacity, "eager", metrics)
-    weights = like.weights if dropped else PackedWeights(safer_policy(like.weights.policy, rung))
+        engine = Engine(
+            fast.spec,
+            rotary,
+            fast.dtype,
+            fast.device,
+            fast.capacity,
+            "eager",
+            metrics,
+            fast.kv_dtype if dropped else None,
+        )
+    weights = like.weights if dropped else like.weights.with_policy(safer_policy(like.weights.policy, rung))
     return Seat(engine, Passes(model, False, metrics), weights)
 
 

@@ -1,74 +1,198 @@
 """Which zone of the model is stored in which format.
 
-A policy is an ordered list of (pattern, format) over named zones; the first match wins. Formats so far: ``keep`` (the
-stock tensor itself, no copy) and ``int8`` (weight only, one scale per row). Norms, softmax, rotary, the residual
-stream, sampling and the codec are not zones: they cannot be lowered.
+A policy is an ordered list of (pattern, format) over named zones; the first match wins and what no rule matches is kept.
+``keep`` is the stock tensor in its own dtype, ``fp32``, ``bf16`` and ``fp16`` are casts, ``int8`` and ``fp8`` have one
+scale per row, ``int4`` one per group of 128 columns, ``int4:64`` and ``int4:32`` per smaller ones. Weights only:
+activations, norms, softmax, rotary, the residual stream, logits and sampling are fp32 and no zones.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
 
 ZONES = (
     "backbone.attention",
     "backbone.mlp",
     "backbone.head",
+    "backbone.embedding",
     "depth.attention",
     "depth.mlp",
     "depth.projection",
     "depth.head",
+    "depth.embedding",
+    "kv",
+    "codec",
 )
-"""Every matrix the decode step reads whole. ``backbone.head`` is the codebook-0 head."""
+"""``backbone.head`` is codebook 0's head. ``depth.head`` stands for the zones ``depth.head.K``, one for each codebook K
+from 1 on: see :func:`zones_of`. ``kv`` is the KV cache of both stacks, ``codec`` the codec's weights."""
 
-FORMATS = ("keep", "int8")
-SAFE_ZONES = ("backbone.head",)
-"""Zones no preset lowers: a wrong codebook 0 is a wrong word."""
+SAFE_ZONES = ("backbone.head", "codec")
+"""Zones that only a rule with their own name lowers: a wrong codebook 0 is a wrong word, and the codec is the audio."""
+
+_CASTS = ("keep", "fp32", "bf16", "fp16")
+FORMATS = (*_CASTS, "fp8", "int8", "int4", "int4:32", "int4:64", "int4:128")
+"""``int4`` is ``int4:128``."""
+
+_SUPPORTED = {"kv": _CASTS, "codec": _CASTS}
+"""What zones other than weight matrices can be stored in."""
+_NOT_LOWERING = ("keep", "fp32")
+_NEVER = ("norm", "softmax", "rotary", "rope", "residual", "sampling", "logits", "audio")
+"""What people may look for among the zones."""
+_MOST_CODEBOOKS = 256
+_SCHEMA = 1
+
+
+def zones_of(codebooks: int) -> tuple[str, ...]:
+    """Every zone of a model with this many codebooks, ``depth.head.1`` to ``depth.head.{codebooks - 1}`` one by one."""
+    at = ZONES.index("depth.head")
+    return (*ZONES[:at], *(f"depth.head.{k}" for k in range(1, codebooks)), *ZONES[at + 1 :])
+
+
+def matches(pattern: str, zone: str) -> bool:
+    """Whether a rule's pattern, as ``fnmatch`` reads it, takes a zone in; one that takes in ``depth.head`` takes all heads."""
+    return fnmatchcase(zone, pattern) or (zone.startswith("depth.head.") and fnmatchcase("depth.head", pattern))
 
 
 @dataclass(frozen=True)
 class PrecisionPolicy:
     """Ordered ``(zone pattern, format)`` rules; the first that matches a zone decides, ``keep`` if none does.
 
-    Example: ``PrecisionPolicy((("depth.*", "int8"),))`` stores the depth decoder in int8 and leaves the backbone.
+    Args:
+        rules: zone patterns (``fnmatch``: ``*``, ``?``, ``[1-9]``) and formats.
+        name: what reports call it.
+
+    Raises:
+        ValueError: a pattern that matches no zone, an unknown format, one that a zone cannot have, or a safe zone that
+            would be lowered by a pattern that is not its own name.
+
+    Example: ``PrecisionPolicy((("depth.head.[1-3]", "keep"), ("depth.mlp", "int4:64"), ("depth.*", "int8")))`` stores the
+    depth decoder in int8, its MLPs in int4, leaves three of its heads and the backbone as they are.
     """
 
     rules: tuple[tuple[str, str], ...] = ()
     name: str = "custom"
 
     def __post_init__(self) -> None:
-        for pattern, fmt in self.rules:
-            if fmt not in FORMATS:
+        if not isinstance(self.name, str):
+            raise ValueError(f"precision: name must be a string, got {self.name!r}")
+        if not isinstance(self.rules, (tuple, list)) or not all(_is_rule(rule) for rule in self.rules):
+            raise ValueError(f"precision: rules must be pairs of a zone pattern and a format, got {self.rules!r}")
+        rules = tuple((pattern, "int4" if fmt == "int4:128" else fmt) for pattern, fmt in self.rules)
+        object.__setattr__(self, "rules", rules)
+        for pattern, fmt in rules:
+            self._check(pattern, fmt)
+
+    def _check(self, pattern: str, fmt: str) -> None:
+        if fmt not in FORMATS:
+            raise ValueError(f"precision: unknown format {fmt!r} for zone pattern {pattern!r}; choose from {FORMATS}")
+        hit = [zone for zone in zones_of(_MOST_CODEBOOKS) if matches(pattern, zone)]
+        if not hit:
+            if any(word in pattern for word in _NEVER):
                 raise ValueError(
-                    f"precision: unknown format {fmt!r} for zone pattern {pattern!r}; choose from {FORMATS}"
+                    f"precision: {pattern!r} is no zone: norms, softmax, rotary, the residual stream, logits, sampling and "
+                    f"the audio are always fp32 and cannot be lowered; zones are {ZONES}"
                 )
-            hit = [zone for zone in ZONES if fnmatchcase(zone, pattern)]
-            if not hit:
-                raise ValueError(f"precision: zone pattern {pattern!r} matches no zone; zones are {ZONES}")
-            lowered = [
-                zone for zone in hit if zone in SAFE_ZONES and fmt != "keep" and self._decider(zone) == pattern != zone
-            ]
-            if lowered:
+            raise ValueError(f"precision: zone pattern {pattern!r} matches no zone; zones are {ZONES}")
+        for zone in hit:
+            if self._decider(zone) != pattern:
+                continue
+            supported = _SUPPORTED.get(zone, FORMATS)
+            if fmt not in supported:
                 raise ValueError(
-                    f"precision: pattern {pattern!r} would lower the safe zone {lowered[0]!r} to {fmt}; name the zone "
-                    f"itself to insist, or put ({lowered[0]!r}, 'keep') before it"
+                    f"precision: pattern {pattern!r} gives zone {zone!r} the format {fmt!r}, which it cannot have; it "
+                    f"supports {supported}; put a rule for {zone!r} before it"
+                )
+            if zone in SAFE_ZONES and fmt not in _NOT_LOWERING and pattern != zone:
+                raise ValueError(
+                    f"precision: pattern {pattern!r} would lower the safe zone {zone!r} to {fmt}; name the zone itself to "
+                    f"insist, or put ({zone!r}, 'keep') before it"
                 )
 
     def _decider(self, zone: str) -> str | None:
-        return next((pattern for pattern, _ in self.rules if fnmatchcase(zone, pattern)), None)
+        return next((pattern for pattern, _ in self.rules if matches(pattern, zone)), None)
 
     def format_of(self, zone: str) -> str:
-        """The format of one zone."""
-        for pattern, fmt in self.rules:
-            if fnmatchcase(zone, pattern):
-                return fmt
-        return "keep"
+        """The format of one zone, such as ``depth.mlp`` or ``depth.head.7``; groups of 128 are plain ``int4``.
 
+        Raises:
+            ValueError: not one zone: a wrong name, or ``depth.head``, which is many.
+        """
+        if zone not in zones_of(_MOST_CODEBOOKS):
+            raise ValueError(f"zone must be one of {ZONES}, heads by their codebook as 'depth.head.1', got {zone!r}")
+        return next((fmt for pattern, fmt in self.rules if matches(pattern, zone)), "keep")
+
+    def check_codebooks(self, codebooks: int) -> None:
+        """Raise ValueError where a rule is about heads only that a model with this many codebooks does not have."""
+        zones = zones_of(codebooks)
+        for pattern, _ in self.rules:
+            if not any(matches(pattern, zone) for zone in zones):
+                raise ValueError(
+                    f"precision: zone pattern {pattern!r} matches no zone of this model, whose depth decoder has heads "
+                    f"depth.head.1 to depth.head.{codebooks - 1}"
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, for JSON; :meth:`from_dict` reads it."""
+        rules = [{"zone": pattern, "format": fmt} for pattern, fmt in self.rules]
+        return {"schema": _SCHEMA, "name": self.name, "rules": rules}
+
+    @classmethod
+    def from_dict(cls, data: Any) -> PrecisionPolicy:
+        """The policy that :meth:`to_dict` made this of.
+
+        Raises:
+            ValueError: another schema, fields that are missing or unknown, or rules that are no policy.
+        """
+        _check_fields("a precision policy", data, ("schema", "name", "rules"))
+        if data["schema"] != _SCHEMA:
+            raise ValueError(f"precision: schema must be {_SCHEMA}, got {data['schema']!r}")
+        if not isinstance(data["rules"], list):
+            raise ValueError(f"precision: rules must be a list, got {data['rules']!r}")
+        for rule in data["rules"]:
+            _check_fields("a rule", rule, ("zone", "format"))
+        return cls(tuple((rule["zone"], rule["format"]) for rule in data["rules"]), data["name"])
+
+    def save(self, path: str | Path) -> None:
+        """Write it as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> PrecisionPolicy:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ValueError: not JSON, or not a policy; names the file.
+            OSError: the file cannot be read.
+        """
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+def _is_rule(rule: Any) -> bool:
+    return isinstance(rule, (tuple, list)) and len(rule) == 2 and all(isinstance(part, str) for part in rule)
+
+
+def _check_fields(what: str, data: Any, wanted: tuple[str, ...]) -> None:
+    if not isinstance(data, dict) or set(data) != set(wanted):
+        got = sorted(map(str, data)) if isinstance(data, dict) else repr(data)
+        raise ValueError(f"precision: {what} must have the fields {wanted} and no others, got {got}")
+
+
+_INT8 = (("*.attention", "int8"), ("*.mlp", "int8"), ("depth.projection", "int8"), ("depth.head", "int8"))
 
 PRESETS = {
+    "exact": PrecisionPolicy((), "exact"),
+    "fast": PrecisionPolicy(_INT8, "fast"),
     "stock": PrecisionPolicy((), "stock"),
-    "int8": PrecisionPolicy((("backbone.head", "keep"), ("*", "int8")), "int8"),
+    "int8": PrecisionPolicy(_INT8, "int8"),
 }
+"""By name; ``stock`` is ``exact`` and ``int8`` is ``fast`` under their older names."""
 
 
 def resolve_policy(precision: str | PrecisionPolicy) -> PrecisionPolicy:

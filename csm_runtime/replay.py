@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
-from csm_kernels.quant import QuantWeight, dequantize
+from csm_kernels.quant import dequantize, take_rows
 from csm_kernels.sampling import NoiseKey, SamplingParams, gumbel_noise_ref
 from csm_runtime.adapters.spec import ModelSpec, RotaryTables, StackSpec
 from csm_runtime.weights import Layer, Linear, Packed
@@ -65,20 +65,21 @@ class Replay:
         spec, (_, tables) = self._spec, self._rotary
         fed = codes[:, :-1].clamp(0, spec.depth_vocab - 1)
         offsets = torch.arange(spec.codebooks - 1, device=codes.device) * spec.depth_vocab
-        x = torch.cat([hidden.float()[:, None], _rows(packed.depth_embedding, fed + offsets)], dim=1)
+        x = torch.cat([hidden.float()[:, None], dequantize(take_rows(packed.depth_embedding, fed + offsets))], dim=1)
         x = _product(x, packed.depth_projection)
         causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
         cos, sin = (table[: x.shape[1]] for table in tables)
         for layer in packed.depth.layers:
             x, _, _ = self._layer(x, layer, (cos, sin), causal, None, spec.depth, self._cache_dtypes[1])
         x = _norm(x[:, 1:], packed.depth.norm, spec.depth.eps)
-        heads = [linear(x[:, k], dequantize(_head(packed, k))) for k in range(spec.codebooks - 1)]
+        heads = [linear(x[:, k - 1], dequantize(packed.depth_heads.one(k))) for k in range(1, spec.codebooks)]
         return torch.stack(heads, dim=1)
 
     def embed(self, packed: Packed, codes: Tensor) -> Tensor:
         """``[..., D]`` fp32, the backbone's input for frames ``[..., codebooks]``."""
         offsets = torch.arange(self._spec.codebooks, device=codes.device) * self._spec.vocab
-        return _rows(packed.backbone_embedding, codes.clamp(0, self._spec.vocab - 1) + offsets).sum(-2)
+        places = codes.clamp(0, self._spec.vocab - 1) + offsets
+        return dequantize(take_rows(packed.backbone_embedding, places)).sum(-2)
 
     def backbone(
         self,
@@ -142,22 +143,9 @@ class Replay:
         return x + _product(silu(_product(normed, layer.gate)) * _product(normed, layer.up), layer.down), k, v
 
 
-def _head(packed: Packed, index: int) -> Tensor | QuantWeight:
-    heads = packed.depth_heads
-    if isinstance(heads, QuantWeight):
-        return QuantWeight(heads.data[index], heads.scale[index], heads.padding)
-    return heads[index]
-
-
 def _product(x: Tensor, matrix: Linear) -> Tensor:
     bias = None if matrix.bias is None else matrix.bias.float()
     return linear(x.float(), dequantize(matrix.weight), bias)
-
-
-def _rows(table: Tensor | QuantWeight, places: Tensor) -> Tensor:
-    if isinstance(table, QuantWeight):
-        return dequantize(QuantWeight(table.data[places], table.scale[places], table.padding))
-    return table[places].float()
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

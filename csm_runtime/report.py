@@ -12,7 +12,8 @@ class Report:
 
     ``copied_bytes`` is what packed copies hold beside the stock model, ``kv_bytes`` what the preallocated KV buffers
     hold. ``replaced`` counts what the backend "csm" put in place of stock code in the layers that prompts run through, if
-    ``compiled_prefill``. Per zone, ``bytes`` is its size and ``bytes_per_frame`` what one frame at batch 1 reads of it.
+    ``compiled_prefill``. Per zone, ``bytes`` is its size, ``bytes_per_frame`` what one frame at batch 1 reads of it (None
+    for the KV cache and the codec) and ``sqnr_db`` the signal to rounding noise of its weights (None where none were rounded).
     """
 
     model: str
@@ -35,7 +36,7 @@ class Report:
     @property
     def bytes_per_frame(self) -> int:
         """Weight bytes one frame reads at batch 1."""
-        return sum(row["bytes_per_frame"] for row in self.zones)
+        return sum(row["bytes_per_frame"] or 0 for row in self.zones)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data, for JSON."""
@@ -44,11 +45,14 @@ class Report:
     def __str__(self) -> str:
         lines = [
             f"{self.model} on {self.device}, {self.dtype}, precision {self.policy!r}, frames run in mode {self.mode!r}",
-            f"{'zone':<18} {'format':<18} {'held':>10} {'read/frame':>11}",
+            f"{'zone':<18} {'format':<18} {'held':>10} {'read/frame':>11} {'SQNR':>8}",
         ]
         for row in self.zones:
+            read, sqnr = row["bytes_per_frame"], row["sqnr_db"]
+            unknown = sqnr is None and read is None and not row["format"].startswith("keep")
             lines.append(
-                f"{row['zone']:<18} {row['format']:<18} {_mb(row['bytes']):>10} {_mb(row['bytes_per_frame']):>11}"
+                f"{row['zone']:<18} {row['format']:<18} {_mb(row['bytes']):>10} {'-' if read is None else _mb(read):>11} "
+                f"{'-' if unknown else 'exact' if sqnr is None else f'{sqnr:.1f} dB':>8}"
             )
         lines.append(
             f"{'sum':<18} {'':<18} {_mb(sum(r['bytes'] for r in self.zones)):>10} {_mb(self.bytes_per_frame):>11}"

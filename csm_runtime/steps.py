@@ -20,7 +20,7 @@ from csm_kernels.attention import attention_step_library, attention_step_ref
 from csm_kernels.embed import embed_frame_ref
 from csm_kernels.gemv import gemv_library, gemv_streamed
 from csm_kernels.norm import rms_norm_ref
-from csm_kernels.quant import QuantWeight
+from csm_kernels.quant import QuantWeight, dequantize, take_rows
 from csm_kernels.rope import apply_rope_ref
 from csm_kernels.sampling import NoiseKey, SamplingParams, gumbel_noise_ref, sample_bisected, sample_ref
 from csm_kernels.swiglu import swiglu_ref
@@ -107,7 +107,7 @@ def _mask_bias(allowed: Tensor) -> Tensor:
 
 def embed_step(
     codes: Tensor,
-    table: Tensor,
+    table: Tensor | QuantWeight,
     vocab: int,
     allowed: Tensor,
     slot: Tensor,
@@ -146,9 +146,10 @@ def _judge(logits: Tensor, faults: Tensor) -> None:
 
 def depth_step(
     position: Tensor,
+    row: Tensor,
     token: Tensor,
     hidden: Tensor,
-    embedding: Tensor,
+    embedding: Tensor | QuantWeight,
     projection: Linear,
     stack: Stack,
     heads: Tensor | QuantWeight,
@@ -169,12 +170,13 @@ def depth_step(
 
     Args:
         position: one-element int64 tensor.
+        row: one-element int64 tensor, where in ``heads`` this position's head is; anything in range at position 0.
         token: ``[B]`` int64, the latest token of each row.
         hidden: ``[B, backbone D]`` fp32.
-        embedding: ``[codebooks * V, backbone D]``.
+        embedding: ``[codebooks * V, backbone D]``, quantised or not.
         projection: backbone width to depth width.
         stack: the depth decoder's layers and final norm.
-        heads: ``[codebooks - 1, V, D]``.
+        heads: ``[heads, V, D]``, the heads of this position's format.
         keys: per layer ``[B, KV, codebooks, head_dim]``.
         values: likewise.
         cos_table: ``[codebooks, head_dim]`` fp32.
@@ -188,20 +190,21 @@ def depth_step(
     Returns:
         ``[B]`` int64, and the logits ``[B, V]`` fp32 it was drawn from (of no meaning at position 0).
     """
-    vocab = _codebook_shape(heads)[1]
-    head = (position - 1).clamp(min=0)
+    vocab = heads.data.shape[1]
+    before = (position - 1).clamp(min=0)
     first = position == 0
-    x = torch.where(first, hidden, embedding[head * vocab + token].float())
+    x = torch.where(first, hidden, dequantize(take_rows(embedding, before * vocab + token)))
     slot = position.expand(token.shape[0])
     x = _depth_layers(x, slot, projection, stack, keys, values, cos_table, sin_table, shape, ops)
-    drawn, logits = _draw(x, head, heads, params, key, faults, ops)
+    drawn, logits = _draw(x, before + 1, row, heads, params, key, faults, ops)
     return torch.where(first, token, drawn), logits
 
 
 def depth_pair_step(
+    row: Tensor,
     token: Tensor,
     hidden: Tensor,
-    embedding: Tensor,
+    embedding: Tensor | QuantWeight,
     projection: Linear,
     stack: Stack,
     heads: Tensor | QuantWeight,
@@ -221,16 +224,10 @@ def depth_pair_step(
     """
     rows = token.shape[0]
     slot = torch.arange(2, device=token.device).repeat_interleave(rows)
-    x = torch.cat([hidden, embedding[token].float()])
+    x = torch.cat([hidden, dequantize(take_rows(embedding, token))])
     x = _depth_layers(x, slot, projection, stack, keys, values, cos_table, sin_table, shape, ops)
-    head = torch.zeros(1, dtype=torch.int64, device=token.device)
-    return _draw(x[rows:], head, heads, params, key, faults, ops)
-
-
-def _codebook_shape(heads: Tensor | QuantWeight) -> tuple[int, int]:
-    """Number of heads and of tokens."""
-    stacked = heads.data if isinstance(heads, QuantWeight) else heads
-    return stacked.shape[0], stacked.shape[1]
+    codebook = torch.ones(1, dtype=torch.int64, device=token.device)
+    return _draw(x[rows:], codebook, row, heads, params, key, faults, ops)
 
 
 def _depth_layers(
@@ -256,20 +253,16 @@ def _depth_layers(
 
 def _draw(
     x: Tensor,
-    head: Tensor,
+    codebook: Tensor,
+    row: Tensor,
     heads: Tensor | QuantWeight,
     params: SamplingParams,
     key: NoiseKey,
     faults: Tensor,
     ops: Ops,
 ) -> tuple[Tensor, Tensor]:
-    """Token and logits of codebook ``head + 1`` from the normalised hidden state ``[B, D]``."""
-    matrix: Tensor | QuantWeight
-    if isinstance(heads, QuantWeight):
-        matrix = QuantWeight(heads.data[head][0], heads.scale[head][0], heads.padding)
-    else:
-        matrix = heads[head][0]
-    logits = ops.gemv(x, matrix)
+    """Token and logits of a codebook, by the head in ``row``, from the normalised hidden state ``[B, D]``."""
+    logits = ops.gemv(x, take_rows(take_rows(heads, row), 0))
     _judge(logits, faults)
-    noise = gumbel_noise_ref(key, head + 1, logits.shape[-1])
+    noise = gumbel_noise_ref(key, codebook, logits.shape[-1])
     return ops.sample(logits, params, noise), logits

@@ -1,21 +1,25 @@
 """From live model weights and a policy to what the engine reads, and the check that no packed copy is stale.
 
-``keep`` zones are the stock tensors themselves. Copies exist only where a format or a layout differs: int8 zones, and
-the depth decoder's heads, which stock stores ``[D, V]`` and a row-wise GEMV wants ``[V, D]``. A copy remembers the
-fingerprint of its source and is packed again when that has changed.
+``keep`` zones are the stock tensors themselves, and so are casts to the dtype a zone already has. Copies exist only where
+a format or a layout differs; among the latter are the depth decoder's heads, which stock stores ``[D, V]`` and a row-wise
+GEMV wants ``[V, D]``. A copy remembers the fingerprint of its source and is packed again when that has changed; it also
+remembers its own, so that :meth:`PackedWeights.corrupted` can tell whether it is still what was packed.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import itertools
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from csm_kernels.quant import QuantWeight, quantize_int8
-from csm_runtime.adapters.spec import LayerWeights, LinearWeights, ModelWeights
+from csm_kernels.quant import QuantWeight, dequantize, quantize, take_rows
+from csm_runtime.adapters.spec import LayerWeights, LinearWeights, ModelSpec, ModelWeights
 from csm_runtime.precision import PrecisionPolicy
 
 
@@ -47,25 +51,61 @@ class Stack(NamedTuple):
     norm: Tensor
 
 
+class DepthHeads(NamedTuple):
+    """The depth decoder's heads: those of one format are a bank, one stacked matrix."""
+
+    banks: list[Tensor | QuantWeight]
+    """Each ``[heads, V, D]``."""
+    places: tuple[tuple[int, int], ...]
+    """Bank and row of codebooks 1, 2, ..."""
+
+    def one(self, codebook: int) -> Tensor | QuantWeight:
+        """The head ``[V, D]`` of one codebook, from 1 on; a view."""
+        bank, row = self.places[codebook - 1]
+        return take_rows(self.banks[bank], row)
+
+
 class Packed(NamedTuple):
     """Everything one frame reads."""
 
     backbone: Stack
     backbone_head: Linear
-    backbone_embedding: Tensor
+    backbone_embedding: Tensor | QuantWeight
     depth: Stack
     depth_projection: Linear
-    depth_heads: Tensor | QuantWeight
-    """``[codebooks - 1, V, D]``"""
-    depth_embedding: Tensor
+    depth_heads: DepthHeads
+    depth_embedding: Tensor | QuantWeight
 
 
 _ATTENTION = ("q", "k", "v", "o")
 _LINEARS = (*_ATTENTION, "gate", "up", "down")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""The formats that are casts."""
+_CHUNK = 1 << 20
+"""Elements whose error is summed at once: 4 MB in fp32, which stay in a processor's cache."""
+
+
+def head_banks(policy: PrecisionPolicy, codebooks: int) -> dict[str, list[int]]:
+    """The depth decoder's heads by format, in order of appearance: format to codebooks."""
+    banks: dict[str, list[int]] = {}
+    for k in range(1, codebooks):
+        banks.setdefault(policy.format_of(f"depth.head.{k}"), []).append(k)
+    return banks
+
+
+def spans(codebooks: Iterable[int]) -> str:
+    """Numbers in words: ``1-3,5``."""
+    runs: list[list[int]] = []
+    for k in codebooks:
+        if runs and runs[-1][-1] == k - 1:
+            runs[-1].append(k)
+        else:
+            runs.append([k])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def _named_sources(weights: ModelWeights) -> dict[str, tuple[str, Tensor]]:
-    """Every matrix of the model: name to (zone, live tensor)."""
+    """Every matrix of the model but the depth decoder's heads and embedding: name to (zone, live tensor)."""
     out: dict[str, tuple[str, Tensor]] = {}
     stacks: tuple[tuple[str, list[LayerWeights]], ...] = (("backbone", weights.backbone), ("depth", weights.depth))
     for stack, layers in stacks:
@@ -73,9 +113,12 @@ def _named_sources(weights: ModelWeights) -> dict[str, tuple[str, Tensor]]:
             for name in _LINEARS:
                 zone = f"{stack}.{'attention' if name in _ATTENTION else 'mlp'}"
                 out[f"{stack}.{i}.{name}"] = (zone, getattr(layer, name).weight)
-    out["backbone.head"] = ("backbone.head", weights.backbone_head.weight)
-    out["depth.projection"] = ("depth.projection", weights.depth_projection.weight)
-    out["depth.head"] = ("depth.head", weights.depth_heads)
+    for zone, live in (
+        ("backbone.head", weights.backbone_head.weight),
+        ("backbone.embedding", weights.backbone_embedding),
+        ("depth.projection", weights.depth_projection.weight),
+    ):
+        out[zone] = (zone, live)
     return out
 
 
@@ -109,11 +152,60 @@ def _same(old: Tensor | None, new: Tensor) -> bool:
     return old is not None and old.device == new.device and torch.equal(old, new)
 
 
-@dataclass
+def _checksum(packed: Tensor | QuantWeight) -> Tensor:
+    if isinstance(packed, QuantWeight):
+        return torch.cat([_fingerprint(packed.data), _fingerprint(packed.scale)])
+    return _fingerprint(packed)
+
+
+class Energy(NamedTuple):
+    """Sums of squares over a matrix: of its values, and of what its format changed in them."""
+
+    signal: float
+    noise: float
+
+
+def _energy(source: Tensor, packed: Tensor | QuantWeight) -> Energy:
+    """Of ``[..., N, K]``, some rows at a time, in fp32 and summed up in fp64."""
+    if source.ndim > 2:
+        parts = [_energy(source[i], take_rows(packed, i)) for i in range(len(source))]
+        return Energy(sum(part.signal for part in parts), sum(part.noise for part in parts))
+    signal, noise, step = 0.0, 0.0, max(1, _CHUNK // max(1, source.shape[1]))
+    for first in range(0, len(source), step):
+        some = slice(first, first + step)
+        truth = source[some].to(torch.float32, copy=True)
+        signal += float(truth.square().sum(dtype=torch.float64))
+        noise += float(truth.sub_(dequantize(take_rows(packed, some))).square_().sum(dtype=torch.float64))
+    return Energy(signal, noise)
+
+
+@dataclass(frozen=True)
 class _Copy:
     packed: Tensor | QuantWeight
+    format: str
+    zones: tuple[str, ...]
+    energy: Energy | None
+    """None where nothing was rounded."""
+    checksum: Tensor
     fingerprint: Tensor | None
     """None once the original was dropped: nothing is left to compare with."""
+
+
+def _converted(name: str, matrix: Tensor, fmt: str) -> tuple[Tensor | QuantWeight, Energy | None]:
+    """A matrix in a format, in memory of its own, and what that cost."""
+    if fmt == "keep" or DTYPES.get(fmt) == matrix.dtype:
+        return matrix.clone(memory_format=torch.contiguous_format), None
+    if fmt in DTYPES:
+        cast = matrix.to(DTYPES[fmt], memory_format=torch.contiguous_format)
+        if fmt == "fp16" and not torch.isfinite(cast).all():
+            raise ValueError(f"precision: {name} holds values beyond fp16 (or NaN): keep it, or store it as bf16")
+        return cast, None if fmt == "fp32" else _energy(matrix, cast)
+    kind, _, group = fmt.partition(":")
+    try:
+        packed = quantize(matrix, kind, int(group or 128))
+    except ValueError as error:
+        raise ValueError(f"precision: {name} cannot be stored as {fmt}: {error}") from error
+    return packed, _energy(matrix, packed)
 
 
 @dataclass
@@ -123,25 +215,43 @@ class PackedWeights:
     policy: PrecisionPolicy
     _copies: dict[str, _Copy] = field(default_factory=dict)
 
-    def refresh(self, weights: ModelWeights, advance: Any = None) -> tuple[Packed, list[str]]:
+    def with_policy(self, policy: PrecisionPolicy) -> PackedWeights:
+        """For another policy; copies whose format is the same in both are shared, not made again.
+
+        :meth:`refresh` makes the others. Neither changes what the other holds: a copy that is made again is its maker's.
+        """
+        shared = {
+            name: copy
+            for name, copy in self._copies.items()
+            if all(policy.format_of(zone) == copy.format for zone in copy.zones)
+        }
+        return PackedWeights(policy, shared)
+
+    def refresh(self, weights: ModelWeights, advance: Callable[[str], None] | None = None) -> tuple[Packed, list[str]]:
         """Bind the live tensors and repack what has changed.
 
         Args:
             weights: the model's live weights.
-            advance: called with each name as its matrix is done, for a progress bar.
+            advance: called with each name as its matrix is done, for a progress bar; ``depth.head`` once for all heads.
 
         Returns:
             What the engine reads, and the names of the copies that were stale.
 
         Raises:
-            ValueError: a weight cannot be stored in its zone's format.
+            ValueError: a weight cannot be stored in its zone's format, or the policy is about heads the model does not
+                have, or asks another format of a matrix whose original was dropped.
         """
+        self.policy.check_codebooks(len(weights.depth_heads) + 1)
+        done = advance or (lambda _: None)
         stale: list[str] = []
         bound: dict[str, Tensor | QuantWeight] = {}
-        for name, (zone, source) in _named_sources(weights).items():
-            bound[name] = self._bind(name, self.policy.format_of(zone), source, stale)
-            if advance is not None:
-                advance(name)
+        for name, (zone, live) in _named_sources(weights).items():
+            bound[name] = self._bind(name, zone, live, stale)
+            done(name)
+        bound["depth.embedding"] = self._bind_depth_embedding(weights, stale)
+        done("depth.embedding")
+        heads = self._bind_heads(weights.depth_heads, stale)
+        done("depth.head")
 
         def linear(name: str, live: LinearWeights) -> Linear:
             return Linear(bound[name], live.bias)
@@ -157,37 +267,82 @@ class PackedWeights:
             Packed(
                 backbone=stack("backbone", weights.backbone, weights.backbone_norm),
                 backbone_head=linear("backbone.head", weights.backbone_head),
-                backbone_embedding=weights.backbone_embedding,
+                backbone_embedding=bound["backbone.embedding"],
                 depth=stack("depth", weights.depth, weights.depth_norm),
                 depth_projection=linear("depth.projection", weights.depth_projection),
-                depth_heads=bound["depth.head"],
-                depth_embedding=weights.depth_embedding,
+                depth_heads=heads,
+                depth_embedding=bound["depth.embedding"],
             ),
             stale,
         )
 
-    def _bind(self, name: str, fmt: str, source: Tensor, stale: list[str]) -> Tensor | QuantWeight:
-        transposed = name == "depth.head"
-        if fmt == "keep" and not transposed:
-            return source
+    def _bind(self, name: str, zone: str, live: Tensor, stale: list[str]) -> Tensor | QuantWeight:
+        fmt = self.policy.format_of(zone)
+        if not live.is_meta and (fmt == "keep" or DTYPES.get(fmt) == live.dtype):
+            self._copies.pop(name, None)
+            return live
+        return self._copied(name, fmt, (zone,), None if live.is_meta else _fingerprint(live), lambda: live, stale)
+
+    def _bind_depth_embedding(self, weights: ModelWeights, stale: list[str]) -> Tensor | QuantWeight:
+        """The backbone's copy where the model has one table for both and the policy one format."""
+        zone, live, other = "depth.embedding", weights.depth_embedding, weights.backbone_embedding
+        copy = self._copies.get("backbone.embedding")
+        tied = not live.is_meta and live.data_ptr() == other.data_ptr() and live.shape == other.shape
+        if tied and copy is not None and copy.format == self.policy.format_of(zone):
+            self._copies[zone] = replace(copy, zones=(zone,))
+            return copy.packed
+        return self._bind(zone, zone, live, stale)
+
+    def _bind_heads(self, live: Tensor, stale: list[str]) -> DepthHeads:
+        """The heads ``[codebooks - 1, D, V]`` by format, always copies; one that changes repacks them all."""
+        banks = {f"depth.head.{spans(books)}": books for books in head_banks(self.policy, len(live) + 1).values()}
+        mark = None if live.is_meta else _fingerprint(live)
+        for name in [name for name in self._copies if name.startswith("depth.head.") and name not in banks]:
+            del self._copies[name]
+        packed = []
+        places: dict[int, tuple[int, int]] = {}
+        for index, (name, books) in enumerate(banks.items()):
+            zones = tuple(f"depth.head.{k}" for k in books)
+
+            def stacked(books: list[int] = books) -> Tensor:
+                whole = live if len(books) == len(live) else live[[k - 1 for k in books]]
+                return whole.transpose(-1, -2)
+
+            packed.append(self._copied(name, self.policy.format_of(zones[0]), zones, mark, stacked, stale))
+            places.update({k: (index, row) for row, k in enumerate(books)})
+        return DepthHeads(packed, tuple(place for _, place in sorted(places.items())))
+
+    def _copied(
+        self,
+        name: str,
+        fmt: str,
+        zones: tuple[str, ...],
+        mark: Tensor | None,
+        matrix: Callable[[], Tensor],
+        stale: list[str],
+    ) -> Tensor | QuantWeight:
+        """The copy of that name, made or made again where it has to be; ``mark`` None where no original is left."""
         old = self._copies.get(name)
-        if old is not None and (source.is_meta or old.fingerprint is None):
-            return old.packed
-        mark = _fingerprint(source)
-        if old is not None and _same(old.fingerprint, mark):
+        if old is not None and old.format != fmt:
+            old = None
+        if mark is None and old is None:
+            raise ValueError(f"precision: the original of {name} was dropped, so it cannot be stored as {fmt} any more")
+        if old is not None and (mark is None or old.fingerprint is None or _same(old.fingerprint, mark)):
             return old.packed
         if old is not None:
             stale.append(name)
-        matrix = source.transpose(-1, -2) if transposed else source
-        packed = matrix.contiguous() if fmt == "keep" else quantize_int8(matrix)
-        self._copies[name] = _Copy(packed, mark)
+        packed, energy = _converted(name, matrix(), fmt)
+        self._copies[name] = _Copy(packed, fmt, zones, energy, _checksum(packed), mark)
         return packed
 
-    def release_sources(self) -> None:
-        """Stop comparing int8 copies with their originals, which have been dropped."""
-        for copy in self._copies.values():
-            if isinstance(copy.packed, QuantWeight):
-                copy.fingerprint = None
+    def corrupted(self) -> list[str]:
+        """Names of the copies whose bits are no longer those that were packed; reads all of them once."""
+        return [name for name, copy in self._copies.items() if not _same(copy.checksum, _checksum(copy.packed))]
+
+    def release_sources(self, names: Iterable[str]) -> None:
+        """Stop comparing copies with their originals, which have been dropped."""
+        for name in names:
+            self._copies[name] = replace(self._copies[name], fingerprint=None)
 
     def forget(self, names: list[str]) -> None:
         """Drop copies that are not to be trusted: they are packed again, where there still is something to pack."""
@@ -195,23 +350,30 @@ class PackedWeights:
             if name in self._copies and self._copies[name].fingerprint is not None:
                 del self._copies[name]
 
-    def corrupted(self) -> list[str]:
-        """Names of the copies whose bits have changed since they were packed."""
-        return []
-
     def copied_bytes(self) -> int:
         """Bytes held by packed copies, over and above the stock model."""
-        return sum(storage_bytes(copy.packed) for copy in self._copies.values())
+        held = {
+            id(copy.packed): storage_bytes(copy.packed) for copy in self._copies.values()
+        }  # tied embeddings are one
+        return sum(held.values())
 
-    def copy_of(self, name: str) -> Tensor | QuantWeight | None:
-        """The packed copy of one matrix, None where the stock tensor is read as it is."""
-        copy = self._copies.get(name)
-        return None if copy is None else copy.packed
+    def quantized(self) -> dict[str, QuantWeight]:
+        """The copies in int8, fp8 or int4 by name; a bank of heads is named by its codebooks, such as ``depth.head.1-31``."""
+        return {name: copy.packed for name, copy in self._copies.items() if isinstance(copy.packed, QuantWeight)}
+
+    def sqnr_db(self, zone: str) -> float | None:
+        """Signal to rounding noise over all matrices of a zone; None where nothing was rounded.
+
+        A head's is that of its bank, all heads of its format.
+        """
+        parts = [copy.energy for copy in self._copies.values() if zone in copy.zones and copy.energy is not None]
+        signal, noise = sum(part.signal for part in parts), sum(part.noise for part in parts)
+        return 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else None
 
 
 def matrices(packed: Packed) -> list[Tensor]:
     """Every tensor of the matrices a frame reads whole."""
-    weights = [packed.backbone_head.weight, packed.depth_projection.weight, packed.depth_heads]
+    weights = [packed.backbone_head.weight, packed.depth_projection.weight, *packed.depth_heads.banks]
     for stack in (packed.backbone, packed.depth):
         weights += [value.weight for layer in stack.layers for value in layer if isinstance(value, Linear)]
     return [weight.data if isinstance(weight, QuantWeight) else weight for weight in weights]
@@ -234,13 +396,14 @@ def unlowered(weights: ModelWeights) -> Packed:
         ]
         return Stack(made, norm)
 
+    heads = weights.depth_heads.transpose(-1, -2)
     return Packed(
         backbone=stack(weights.backbone, weights.backbone_norm),
         backbone_head=linear(weights.backbone_head),
         backbone_embedding=weights.backbone_embedding,
         depth=stack(weights.depth, weights.depth_norm),
         depth_projection=linear(weights.depth_projection),
-        depth_heads=weights.depth_heads.transpose(-1, -2),
+        depth_heads=DepthHeads([heads], tuple((0, row) for row in range(len(heads)))),
         depth_embedding=weights.depth_embedding,
     )
 
@@ -250,22 +413,91 @@ def storage_bytes(weight: Tensor | QuantWeight) -> int:
     return weight.bytes if isinstance(weight, QuantWeight) else weight.nbytes
 
 
-def zone_table(packed: Packed, policy: PrecisionPolicy, depth_steps: int) -> list[dict[str, Any]]:
-    """Per zone: format, bytes held and bytes one frame at batch 1 reads."""
+def _head_rows(policy: PrecisionPolicy, codebooks: int) -> list[tuple[str, list[int]]]:
+    """Neighbouring heads of one format: what to call them, and their codebooks."""
+    runs = itertools.groupby(range(1, codebooks), lambda k: policy.format_of(f"depth.head.{k}"))
+    books = [list(run) for _, run in runs]
+    return [("depth.head" if len(books) == 1 else f"depth.head.{spans(run)}", run) for run in books]
+
+
+def zone_table(
+    packed: Packed, weights: PackedWeights, kv: tuple[torch.dtype, int], codec: tuple[torch.dtype, int]
+) -> list[dict[str, Any]]:
+    """Per zone: ``format``, ``bytes`` held, ``bytes_per_frame`` read at batch 1, and ``sqnr_db``.
+
+    Args:
+        packed: what the engine reads.
+        weights: where it comes from.
+        kv: dtype and bytes of the KV buffers.
+        codec: likewise of the codec.
+
+    ``bytes_per_frame`` is None for ``kv`` and ``codec``: what is read of a cache depends on the context, and the codec runs
+    on many frames at once. ``sqnr_db`` is None where nothing was rounded. Neighbouring heads of one format share a row.
+    """
     rows: list[dict[str, Any]] = []
+    policy, codebooks = weights.policy, len(packed.depth_heads.places) + 1
+    steps = codebooks - 1  # passes of the depth decoder: positions 0 and 1 in one
 
-    def add(zone: str, matrices: list[Tensor | QuantWeight], reads: float) -> None:
-        held = sum(storage_bytes(m) for m in matrices)
+    def add(name: str, zone: str, held: int, dtype: torch.dtype | None, read: int | None) -> None:
         fmt = policy.format_of(zone)
-        if fmt == "keep":
-            fmt = f"keep ({str(matrices[0].dtype).removeprefix('torch.')})" if isinstance(matrices[0], Tensor) else fmt
-        rows.append({"zone": zone, "format": fmt, "bytes": held, "bytes_per_frame": int(held * reads)})
+        if fmt == "keep" and dtype is not None:
+            fmt = f"keep ({str(dtype).removeprefix('torch.')})"
+        sqnr = weights.sqnr_db(zone)
+        rows.append({"zone": name, "format": fmt, "bytes": held, "bytes_per_frame": read, "sqnr_db": sqnr})
 
-    for name, stack, reads in (("backbone", packed.backbone, 1), ("depth", packed.depth, depth_steps)):
-        add(f"{name}.attention", [x.weight for l in stack.layers for x in (l.q, l.k, l.v, l.o)], reads)
-        add(f"{name}.mlp", [x.weight for l in stack.layers for x in (l.gate, l.up, l.down)], reads)
-    add("backbone.head", [packed.backbone_head.weight], 1)
-    add("depth.projection", [packed.depth_projection.weight], depth_steps)
-    heads = packed.depth_heads.data if isinstance(packed.depth_heads, QuantWeight) else packed.depth_heads
-    add("depth.head", [packed.depth_heads], depth_steps / heads.shape[0])
+    def add_matrices(name: str, parts: list[Tensor | QuantWeight], reads: float, zone: str | None = None) -> None:
+        held = sum(storage_bytes(part) for part in parts)
+        add(name, zone or name, held, parts[0].dtype if isinstance(parts[0], Tensor) else None, int(held * reads))
+
+    for name, stack, reads in (("backbone", packed.backbone, 1), ("depth", packed.depth, steps)):
+        add_matrices(f"{name}.attention", [x.weight for l in stack.layers for x in (l.q, l.k, l.v, l.o)], reads)
+        add_matrices(f"{name}.mlp", [x.weight for l in stack.layers for x in (l.gate, l.up, l.down)], reads)
+    add_matrices("backbone.head", [packed.backbone_head.weight], 1)
+    add_matrices("depth.projection", [packed.depth_projection.weight], steps)
+    for name, books in _head_rows(policy, codebooks):
+        add_matrices(name, [packed.depth_heads.one(k) for k in books], 1, f"depth.head.{books[0]}")
+    tables = (("backbone", packed.backbone_embedding, codebooks), ("depth", packed.depth_embedding, codebooks - 1))
+    for name, table, reads in tables:
+        add_matrices(f"{name}.embedding", [table], reads / len(table.data))
+    for zone, (dtype, held) in (("kv", kv), ("codec", codec)):
+        add(zone, zone, held, dtype, None)
     return rows
+
+
+def planned_table(spec: ModelSpec, policy: PrecisionPolicy, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """``zone``, ``format``, ``bytes`` and ``bytes_per_frame`` as :func:`zone_table` will have them, without a model.
+
+    ``kv`` and ``codec`` are left out. ``dtype`` is that of the model.
+    """
+    rows: list[dict[str, Any]] = []
+    steps = spec.codebooks - 1
+
+    def add(name: str, sizes: list[tuple[int, int]], reads: float, zone: str | None = None) -> None:
+        fmt = policy.format_of(zone or name)
+        held = sum(_bytes_in(fmt, height, width, dtype) for height, width in sizes)
+        rows.append({"zone": name, "format": fmt, "bytes": held, "bytes_per_frame": int(held * reads)})
+
+    for name, stack, reads in (("backbone", spec.backbone, 1), ("depth", spec.depth, steps)):
+        query, key = stack.heads * stack.head_dim, stack.kv_heads * stack.head_dim
+        attention = [(query, stack.hidden), (key, stack.hidden), (key, stack.hidden), (stack.hidden, query)]
+        mlp = [(stack.ffn, stack.hidden), (stack.ffn, stack.hidden), (stack.hidden, stack.ffn)]
+        add(f"{name}.attention", attention * stack.layers, reads)
+        add(f"{name}.mlp", mlp * stack.layers, reads)
+    width = spec.backbone.hidden
+    add("backbone.head", [(spec.vocab, width)], 1)
+    add("depth.projection", [(spec.depth.hidden, width)], steps)
+    for name, books in _head_rows(policy, spec.codebooks):
+        add(name, [(spec.depth_vocab, spec.depth.hidden)] * len(books), 1, f"depth.head.{books[0]}")
+    for name, vocab, reads in (("backbone", spec.vocab, spec.codebooks), ("depth", spec.depth_vocab, steps)):
+        rows_held = spec.codebooks * vocab
+        add(f"{name}.embedding", [(rows_held, width)], reads / rows_held)
+    return rows
+
+
+def _bytes_in(fmt: str, height: int, width: int, dtype: torch.dtype) -> int:
+    if fmt in ("int8", "fp8"):
+        return height * (width + 4)
+    if fmt.startswith("int4"):
+        group = int(fmt.partition(":")[2] or 128)
+        return height * -(-width // group) * (group // 2 + 2)
+    return height * width * DTYPES.get(fmt, dtype).itemsize

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csm_kernels.quant import dequantize, quantize_int8
+from csm_kernels.quant import dequantize, quantize
+from csm_runtime.precision import PRESETS, PrecisionPolicy
 
 TEXT_VOCAB = 96
 TEXT_IDS = 80
@@ -234,19 +235,26 @@ def stock(model: Any, *args: Any, **kwargs: Any) -> Any:
     return type(model).generate(model, *args, **kwargs)
 
 
-def int8_twin(name: str = "base", zones: tuple[str, ...] | None = None, *, of: Any = None, **options: Any) -> Any:
-    """A stock fp32 model whose weights are what the int8 copies of ``build(name, **options)`` stand for.
+def lowered(weight: Tensor, fmt: str) -> Tensor:
+    """What ``[..., N, K]`` stands for in a format of the policy, fp32."""
+    casts = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if fmt == "keep":
+        return weight.float()
+    if fmt in casts:
+        return weight.to(casts[fmt]).float()
+    kind, _, group = fmt.partition(":")
+    return dequantize(quantize(weight, kind, int(group or 128)))
 
-    ``zones`` limits it to some zones of the policy; None means those of the preset. ``of`` is a stock model to change
-    instead.
+
+def lowered_twin(policy: Any, *, of: Any) -> Any:
+    """The stock model ``of``, changed to fp32 weights that are what its copies under a policy stand for.
+
+    A tied embedding must have one format. The KV cache stays the stock model's.
     """
-    model = (build(name, **options) if of is None else of).float()
+    model = of.float()
 
-    def lower(zone: str, weight: Tensor, transposed: bool = False) -> None:
-        if zones is None or zone in zones:
-            matrix = weight.transpose(-1, -2) if transposed else weight
-            rounded = dequantize(quantize_int8(matrix))
-            weight.copy_(rounded.transpose(-1, -2) if transposed else rounded)
+    def lower(zone: str, weight: Tensor) -> None:
+        weight.copy_(lowered(weight, policy.format_of(zone)))
 
     depth = model.depth_decoder
     with torch.no_grad():
@@ -256,9 +264,24 @@ def int8_twin(name: str = "base", zones: tuple[str, ...] | None = None, *, of: A
                     lower(f"{stack}.attention", getattr(layer.self_attn, f"{part}_proj").weight)
                 for part in ("gate", "up", "down"):
                     lower(f"{stack}.mlp", getattr(layer.mlp, f"{part}_proj").weight)
+        lower("backbone.head", model.lm_head.weight)
         lower("depth.projection", depth.model.inputs_embeds_projector.weight)
-        lower("depth.head", depth.codebooks_head.weight, transposed=True)
+        for k, head in enumerate(depth.codebooks_head.weight, start=1):
+            lower(f"depth.head.{k}", head.transpose(-1, -2))
+        lower("backbone.embedding", model.backbone_model.embed_tokens.embed_audio_tokens.weight)
+        if depth.model.embed_tokens.weight is not model.backbone_model.embed_tokens.embed_audio_tokens.weight:
+            lower("depth.embedding", depth.model.embed_tokens.weight)
     return model
+
+
+def int8_twin(name: str = "base", zones: tuple[str, ...] | None = None, *, of: Any = None, **options: Any) -> Any:
+    """A stock fp32 model whose weights are what the int8 copies of ``build(name, **options)`` stand for.
+
+    ``zones`` limits it to some zones of the policy; None means those of the preset. ``of`` is a stock model to change
+    instead.
+    """
+    policy = PRESETS["int8"] if zones is None else PrecisionPolicy(tuple((zone, "int8") for zone in zones))
+    return lowered_twin(policy, of=build(name, **options) if of is None else of)
 
 
 def teacher_forced(model: Any, prompt: dict[str, Tensor], frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:

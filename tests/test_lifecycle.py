@@ -97,7 +97,7 @@ def test_restore_frees_the_copies() -> None:
 
     model = accelerate(build(), precision="int8", mode="eager", progress=False)
     model.generate(**PROMPT, **GREEDY)
-    packed = weakref.ref(model.acceleration._engine.packed.depth_heads.data)
+    packed = weakref.ref(model.acceleration._engine.packed.depth_heads.banks[0].data)
     model.acceleration.restore()
     gc.collect()
     assert packed() is None
@@ -612,7 +612,7 @@ def test_what_was_not_dropped_is_still_watched(fast: Any) -> None:
 def test_packed_copies_are_what_the_engine_reads(fast: Any) -> None:
     model = fast(precision="int8")
     packed = model.acceleration._engine.packed
-    assert isinstance(packed.depth_heads, QuantWeight)
+    assert isinstance(packed.depth_heads.banks[0], QuantWeight)
     assert isinstance(packed.backbone.layers[0].q.weight, QuantWeight)
     assert packed.backbone_head.weight.data_ptr() == model.lm_head.weight.data_ptr()
     stock_packed = fast()

@@ -4,50 +4,128 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 import pytest
 import torch
-from csm_models import build, text_prompt
+from csm_models import build, lowered, text_prompt
 from torch import nn
 
 from csm_runtime import PrecisionPolicy, accelerate
+from csm_runtime.adapters.hf import read_spec
 from csm_runtime.metrics import Metrics
-from csm_runtime.precision import PRESETS, SAFE_ZONES, ZONES, resolve_policy
+from csm_runtime.precision import PRESETS, SAFE_ZONES, ZONES, resolve_policy, zones_of
+from csm_runtime.weights import planned_table
 
 GREEDY = {"do_sample": False, "depth_decoder_do_sample": False}
 
 
+HEADS = zones_of(32)[zones_of(32).index("depth.head.1") :][:31]
+
+
+def test_zones_name_every_head() -> None:
+    assert HEADS[0] == "depth.head.1" and HEADS[-1] == "depth.head.31"
+    assert [zone for zone in zones_of(32) if not zone.startswith("depth.head")] == [
+        z for z in ZONES if z != "depth.head"
+    ]
+
+
 def test_the_first_rule_that_matches_decides() -> None:
-    policy = PrecisionPolicy((("depth.head", "keep"), ("depth.*", "int8")))
-    lowered = {zone for zone in ZONES if policy.format_of(zone) == "int8"}
+    policy = PrecisionPolicy((("depth.head", "keep"), ("depth.embedding", "bf16"), ("depth.*", "int8")))
+    lowered = {zone for zone in zones_of(32) if policy.format_of(zone) == "int8"}
     assert lowered == {"depth.attention", "depth.mlp", "depth.projection"}
-    assert PrecisionPolicy((("depth.*", "int8"), ("depth.head", "keep"))).format_of("depth.head") == "int8"
-    assert all(PrecisionPolicy().format_of(zone) == "keep" for zone in ZONES)
+    assert policy.format_of("depth.embedding") == "bf16"
+    assert PrecisionPolicy((("depth.*", "int8"), ("depth.head", "keep"))).format_of("depth.head.3") == "int8"
+    assert all(PrecisionPolicy().format_of(zone) == "keep" for zone in zones_of(32))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "heads"),
+    [
+        ("depth.head", range(1, 32)),
+        ("depth.head.*", range(1, 32)),
+        ("depth.*", range(1, 32)),
+        ("depth.h*", range(1, 32)),
+        ("depth.head.1", [1]),
+        ("depth.head.[1-3]", [1, 2, 3]),
+        ("depth.head.3?", [30, 31]),
+    ],
+)
+def test_heads_by_index(pattern: str, heads: Any) -> None:
+    policy = PrecisionPolicy(((pattern, "int4:64"),))
+    assert [zone for zone in HEADS if policy.format_of(zone) == "int4:64"] == [f"depth.head.{k}" for k in heads]
+
+
+def test_a_rule_about_a_head_the_model_does_not_have() -> None:
+    policy = PrecisionPolicy((("depth.head.7", "int8"), ("depth.head.9", "keep")))
+    policy.check_codebooks(10)
+    with pytest.raises(ValueError, match=r"'depth.head.9' .* depth.head.1 to depth.head.8"):
+        policy.check_codebooks(9)
+    model = build("eight_codebooks")
+    with pytest.raises(ValueError, match=r"'depth.head.9' .* depth.head.1 to depth.head.7"):
+        accelerate(model, precision=policy, mode="eager", progress=False)
+    assert "acceleration" not in model.__dict__
+
+
+@pytest.mark.parametrize("zone", ["depth.head", "depth.head.0", "norm", "", "backbone"])
+def test_format_of_what_is_no_zone(zone: str) -> None:
+    with pytest.raises(ValueError, match="zone must be one of"):
+        PrecisionPolicy().format_of(zone)
 
 
 def test_no_preset_lowers_a_safe_zone() -> None:
-    assert SAFE_ZONES == ("backbone.head",)
+    assert SAFE_ZONES == ("backbone.head", "codec")
     for policy in PRESETS.values():
         assert all(policy.format_of(zone) == "keep" for zone in SAFE_ZONES)
-    assert {zone for zone in ZONES if PRESETS["int8"].format_of(zone) == "int8"} == set(ZONES) - set(SAFE_ZONES)
+    matrices = {
+        zone for zone in zones_of(32) if zone not in SAFE_ZONES and zone.split(".")[-1] not in ("kv", "embedding")
+    }
+    assert {zone for zone in zones_of(32) if PRESETS["int8"].format_of(zone) == "int8"} == matrices
+    assert PRESETS["exact"].rules == PRESETS["stock"].rules == ()
+    assert PRESETS["fast"].rules == PRESETS["int8"].rules
 
 
 @pytest.mark.parametrize("pattern", ["*", "backbone.*", "*.head", "backbone.h*"])
-def test_a_safe_zone_is_lowered_only_by_name(pattern: str) -> None:
-    with pytest.raises(ValueError, match="safe zone"):
-        PrecisionPolicy(((pattern, "int8"),))
-    allowed = PrecisionPolicy((("backbone.head", "keep"), (pattern, "int8")))
+@pytest.mark.parametrize("fmt", ["bf16", "fp16"])
+def test_a_safe_zone_is_lowered_only_by_name(pattern: str, fmt: str) -> None:
+    with pytest.raises(ValueError, match="safe zone 'backbone.head'"):
+        PrecisionPolicy(((pattern, fmt),))
+    codec = ("codec", "keep")
+    allowed = PrecisionPolicy((("backbone.head", "keep"), codec, (pattern, fmt)))
     assert allowed.format_of("backbone.head") == "keep"
-    assert PrecisionPolicy((("backbone.head", "int8"), (pattern, "int8"))).format_of("backbone.head") == "int8"
+    assert PrecisionPolicy((("backbone.head", "int8"), codec, (pattern, fmt))).format_of("backbone.head") == "int8"
+    assert PrecisionPolicy(((pattern, "fp32"),)).format_of("backbone.head") == "fp32", "which is not lower"
+
+
+@pytest.mark.parametrize("pattern", ["*", "c*", "cod?c"])
+def test_the_codec_is_lowered_only_by_name(pattern: str) -> None:
+    with pytest.raises(ValueError, match="safe zone 'codec'"):
+        PrecisionPolicy((("backbone.head", "keep"), (pattern, "bf16")))
+    assert PrecisionPolicy((("codec", "bf16"),)).format_of("codec") == "bf16"
+
+
+@pytest.mark.parametrize("zone", ["kv", "codec"])
+@pytest.mark.parametrize("fmt", ["int8", "fp8", "int4", "int4:32"])
+def test_formats_a_zone_cannot_have(zone: str, fmt: str) -> None:
+    for pattern in (zone, f"{zone[0]}*"):
+        with pytest.raises(ValueError) as caught:
+            PrecisionPolicy(((pattern, fmt),))
+        assert all(word in str(caught.value) for word in (repr(pattern), repr(zone), repr(fmt), "'bf16'", "'fp16'"))
+    PrecisionPolicy((("kv", "keep"), ("codec", "keep"), ("backbone.head", "keep"), ("*", fmt)))
 
 
 @pytest.mark.parametrize(
     ("rules", "words"),
     [
-        ((("depth.*", "int4"),), ["int4", "depth.*", "int8"]),
-        ((("norm", "int8"),), ["norm", "backbone.attention"]),
-        ((("codec.*", "int8"),), ["codec.*"]),
+        ((("depth.*", "int3"),), ["int3", "depth.*", "int8"]),
+        ((("depth.*", "int4:16"),), ["int4:16", "depth.*", "int4:32"]),
+        ((("codec.*", "int8"),), ["codec.*", "matches no zone", "backbone.attention"]),
+        ((("depth.head.0", "int8"),), ["depth.head.0", "matches no zone"]),
+        (("depth.*", "int8"), ["pairs"]),
+        ((("depth.*", 8),), ["pairs"]),
+        ((("depth.*",),), ["pairs"]),
+        ("int8", ["pairs"]),
     ],
 )
 def test_rules_that_mean_nothing(rules: Any, words: list[str]) -> None:
@@ -56,18 +134,72 @@ def test_rules_that_mean_nothing(rules: Any, words: list[str]) -> None:
     assert all(word in str(caught.value) for word in words)
 
 
+@pytest.mark.parametrize(
+    "pattern", ["norm", "*norm*", "softmax", "rotary", "residual", "sampling", "logits", "backbone.logits", "audio"]
+)
+@pytest.mark.parametrize("fmt", ["bf16", "fp32"])
+def test_what_is_always_fp32(pattern: str, fmt: str) -> None:
+    with pytest.raises(ValueError, match="always fp32 and cannot be lowered"):
+        PrecisionPolicy(((pattern, fmt),))
+
+
 def test_policies_are_frozen_and_equal_by_value() -> None:
     policy = PrecisionPolicy((("depth.*", "int8"),))
     with pytest.raises(dataclasses.FrozenInstanceError):
         policy.name = "other"  # type: ignore[misc]
     assert policy == PrecisionPolicy((("depth.*", "int8"),))
     assert hash(policy) == hash(PrecisionPolicy((("depth.*", "int8"),)))
+    assert PrecisionPolicy((("depth.mlp", "int4:128"),)) == PrecisionPolicy((("depth.mlp", "int4"),))
+    listed: Any = [["depth.*", "int8"]]
+    assert PrecisionPolicy(listed) == policy and hash(PrecisionPolicy(listed)) == hash(policy)
 
 
 def test_resolve() -> None:
     policy = PrecisionPolicy((("depth.*", "int8"),))
     assert resolve_policy(policy) is policy
     assert resolve_policy("int8") is PRESETS["int8"]
+
+
+def test_policies_as_files(tmp_path: Any) -> None:
+    policy = PrecisionPolicy((("depth.head.[1-3]", "keep"), ("depth.mlp", "int4:64")), "mine")
+    path = tmp_path / "policy.json"
+    policy.save(path)
+    assert PrecisionPolicy.load(path) == policy == PrecisionPolicy.load(str(path))
+    for preset in PRESETS.values():
+        assert PrecisionPolicy.from_dict(json.loads(json.dumps(preset.to_dict()))) == preset
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"schema": 2}, ["schema must be 1, got 2"]),
+        ({"schema": None}, ["schema must be 1"]),
+        ({"extra": 1}, ["extra", "no others"]),
+        ({"rules": {"depth.mlp": "int8"}}, ["rules must be a list"]),
+        ({"rules": [{"zone": "depth.mlp"}]}, ["a rule must have the fields ('zone', 'format')"]),
+        ({"rules": [{"zone": "depth.mlp", "format": "int8", "why": ""}]}, ["why"]),
+        ({"rules": [{"zone": "depth.mlp", "format": 8}]}, ["pairs"]),
+        ({"rules": [{"zone": "depth.mlp", "format": "int9"}]}, ["int9"]),
+        ({"rules": [{"zone": "*", "format": "int8"}]}, ["safe zone"]),
+        ({"name": 3}, ["name must be a string"]),
+    ],
+)
+def test_files_that_are_no_policy(tmp_path: Any, change: dict[str, Any], words: list[str]) -> None:
+    path = tmp_path / "policy.json"
+    path.write_text(json.dumps({**PRESETS["int8"].to_dict(), **change}))
+    with pytest.raises(ValueError) as caught:
+        PrecisionPolicy.load(path)
+    assert all(word in str(caught.value) for word in (str(path), *words))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"schema": 1}', "\xff"])
+def test_files_that_are_no_json(tmp_path: Any, text: str) -> None:
+    path = tmp_path / "policy.json"
+    path.write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"policy\.json"):
+        PrecisionPolicy.load(path)
+    with pytest.raises(FileNotFoundError):
+        PrecisionPolicy.load(tmp_path / "none.json")
 
 
 # ------------------------------------------------------------------------------------------------ the report
@@ -119,8 +251,79 @@ def test_bytes_are_those_of_the_tensors(name: str, dtype: torch.dtype, precision
         if zone == "depth.head":
             per_frame = held  # every head once
         assert rows[zone]["bytes_per_frame"] == int(per_frame), zone
+        assert (rows[zone]["sqnr_db"] is not None) == lowered
     assert report.copied_bytes == copied
-    assert report.bytes_per_frame == sum(row["bytes_per_frame"] for row in report.zones)
+    for zone, table, reads in (
+        ("backbone.embedding", model.backbone_model.embed_tokens.embed_audio_tokens.weight, steps + 1),
+        ("depth.embedding", model.depth_decoder.model.embed_tokens.weight, steps),
+    ):
+        assert (rows[zone]["bytes"], rows[zone]["bytes_per_frame"]) == (table.nbytes, reads * table[0].nbytes)
+    assert (rows["kv"]["bytes"], rows["kv"]["bytes_per_frame"]) == (report.kv_bytes, None)
+    assert rows["codec"]["bytes"] == sum(p.nbytes for p in model.codec_model.parameters())
+    assert report.bytes_per_frame == sum(row["bytes_per_frame"] or 0 for row in report.zones)
+
+
+MIXED = PrecisionPolicy((
+    ("depth.head.[1-2]", "keep"),
+    ("depth.head.3", "int4:32"),
+    ("depth.head", "fp8"),
+    ("*.mlp", "int4"),
+    ("depth.attention", "fp16"),
+    ("backbone.attention", "bf16"),
+    ("depth.projection", "int4:64"),
+    ("backbone.embedding", "int8"),
+    ("depth.embedding", "int4:32"),
+))  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["base", "eight_codebooks"])
+@pytest.mark.parametrize("policy", [*PRESETS.values(), MIXED], ids=lambda policy: policy.name)
+def test_bytes_are_known_before_there_is_a_model(name: str, policy: PrecisionPolicy) -> None:
+    model = accelerate(build(name), precision=policy, mode="eager", progress=False)
+    spec, report = read_spec(model), model.acceleration.report()
+    planned = planned_table(spec, policy, torch.float32)
+    assert [row["zone"] for row in planned] == [row["zone"] for row in report.zones[:-2]]
+    for row, real in zip(planned, report.zones):
+        assert all(row[key] == real[key] for key in ("bytes", "bytes_per_frame")), row
+        assert real["format"] == ("keep (float32)" if row["format"] == "keep" else row["format"])
+
+
+def test_neighbouring_heads_share_a_row() -> None:
+    report = accelerate(build("eight_codebooks"), precision=MIXED, mode="eager", progress=False).acceleration.report()
+    rows = {row["zone"]: row for row in report.zones if row["zone"].startswith("depth.head")}
+    assert {zone: row["format"] for zone, row in rows.items()} == {
+        "depth.head.1-2": "keep (float32)",
+        "depth.head.3": "int4:32",
+        "depth.head.4-7": "fp8",
+    }
+    text = str(report)
+    assert all(zone in text for zone in rows)
+    for line in text.splitlines():
+        if line.startswith("depth.head.1-2"):
+            assert line.endswith("exact")
+
+
+def test_the_signal_that_a_format_leaves() -> None:
+    """Per zone over all its matrices, energies summed, against the errors taken from the stock weights."""
+    model = build("eight_codebooks", std=0.1, dtype=torch.bfloat16)
+    model.backbone_model.layers[0].mlp.gate_proj.weight.data.mul_(3)
+    wanted = {}
+    groups = matrices(model)
+    heads = [head.t() for head in groups.pop("depth.head")[0]]
+    groups |= {"depth.head.1-2": heads[:2], "depth.head.3": heads[2:3], "depth.head.4-7": heads[3:]}
+    groups["backbone.embedding"] = [model.backbone_model.embed_tokens.embed_audio_tokens.weight]
+    groups["depth.embedding"] = [model.depth_decoder.model.embed_tokens.weight]
+    for zone, weights in groups.items():
+        first = zone.partition("-")[0]
+        pairs = [(w.detach().float(), lowered(w.detach(), MIXED.format_of(first))) for w in weights]
+        noise = sum(float((a - b).square().sum()) for a, b in pairs)
+        wanted[zone] = 10 * math.log10(sum(float(a.square().sum()) for a, _ in pairs) / noise) if noise else None
+    report = accelerate(model, precision=MIXED, mode="eager", progress=False).acceleration.report()
+    got = {row["zone"]: row["sqnr_db"] for row in report.zones}
+    assert got == pytest.approx({**wanted, "kv": None, "codec": None}, abs=1e-3)
+    assert got["backbone.attention"] is None, "bf16 is what it was"
+    assert 15 < got["backbone.mlp"] < 25 < got["depth.head.4-7"] < 35 < got["backbone.embedding"] < 50
+    assert f"{got['backbone.mlp']:.1f} dB" in str(report)
 
 
 def test_bytes_of_the_buffers() -> None:
@@ -167,7 +370,7 @@ def test_report_is_data() -> None:
     assert data["dtype"] == "float32"
     assert data["mode"] == "eager"
     assert data["originals_dropped"] is False
-    assert data["bytes_per_frame"] == sum(row["bytes_per_frame"] for row in data["zones"])
+    assert data["bytes_per_frame"] == sum(row["bytes_per_frame"] or 0 for row in data["zones"])
 
 
 def test_metrics() -> None:

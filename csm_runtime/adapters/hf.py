@@ -5,13 +5,13 @@ transformers is imported inside functions, so that importing this package does n
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from csm_kernels.quant import QuantWeight, dequantize
+from csm_kernels.quant import QuantWeight, dequantize, take_rows
 from csm_runtime.adapters import hf_training
 from csm_runtime.adapters.spec import (
     LayerWeights,
@@ -103,6 +103,12 @@ def read_dtype(model: Any) -> torch.dtype:
     return model.backbone_model.layers[0].input_layernorm.weight.dtype
 
 
+def codec_size(model: Any) -> tuple[torch.dtype, int]:
+    """Dtype and bytes of the codec's parameters."""
+    parameters = list(model.codec_model.parameters())
+    return parameters[0].dtype, sum(p.nbytes for p in parameters)
+
+
 def _stack(config: Any) -> StackSpec:
     return StackSpec(
         layers=config.num_hidden_layers,
@@ -165,47 +171,67 @@ def rotary_tables(model: Any, positions: int) -> tuple[RotaryTables, RotaryTable
 
 
 class _PackedForward:
-    """A stock module's forward from an int8 copy, for a module whose own weight is gone."""
+    """A stock module's forward from quantised copies, for a module whose own weight is gone."""
 
-    def __init__(self, packed: QuantWeight, bias: Tensor | None) -> None:
-        self._packed, self._bias = packed, bias
-
-    def __call__(self, hidden: Tensor, codebook_indices: Tensor | None = None) -> Tensor:
-        if codebook_indices is None:
-            return nn.functional.linear(hidden, dequantize(self._packed).to(hidden.dtype), self._bias)
-        heads, packed = codebook_indices - 1, self._packed
-        matrix = dequantize(QuantWeight(packed.data[heads], packed.scale[heads], packed.padding)).to(hidden.dtype)
-        return torch.stack([nn.functional.linear(hidden[:, i], matrix[i]) for i in range(len(heads))], dim=1)
+    def __init__(self, packed: Sequence[QuantWeight], module: Any) -> None:
+        self._packed, self._module = packed, module
 
 
-def drop_originals(model: Any, copy_of: Callable[[str], Tensor | QuantWeight | None]) -> int:
-    """Free every matrix that has an int8 copy; its module computes from the copy, widened for the moment of use.
+class _PackedLinear(_PackedForward):
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return nn.functional.linear(hidden, dequantize(self._packed[0]).to(hidden.dtype), self._module.bias)
+
+
+class _PackedHeads(_PackedForward):
+    def __call__(self, hidden: Tensor, codebook_indices: Tensor) -> Tensor:
+        heads = [self._packed[k - 1] for k in codebook_indices.tolist()]
+        parts = [nn.functional.linear(hidden[:, i], dequantize(one).to(hidden.dtype)) for i, one in enumerate(heads)]
+        return torch.stack(parts, dim=1)
+
+
+class _PackedEmbedding(_PackedForward):
+    def __call__(self, ids: Tensor) -> Tensor:
+        return dequantize(take_rows(self._packed[0], ids)).to(self._module.weight.dtype)
+
+
+def drop_originals(model: Any, copies: Mapping[str, QuantWeight], heads: Sequence[Tensor | QuantWeight]) -> list[str]:
+    """Free every matrix and embedding that has a quantised copy; its module computes from the copy, widened when used.
+
+    Casts (fp32, bf16, fp16) keep their originals, and so do all depth heads while one of them is not quantised: stock has
+    one parameter for them.
 
     Args:
         model: the model.
-        copy_of: a matrix's packed copy by the name :class:`~csm_runtime.weights.PackedWeights` gives it.
+        copies: quantised copies by the names :class:`~csm_runtime.weights.PackedWeights` gives them.
+        heads: the depth decoder's heads as they are read, ``[V, D]``, by codebook.
 
     Returns:
-        How many matrices were freed.
+        Names of the copies whose originals were freed.
     """
     depth = model.depth_decoder
     modules: dict[str, nn.Module] = {"depth.projection": depth.model.inputs_embeds_projector}
-    modules["depth.head"] = depth.codebooks_head
     modules["backbone.head"] = model.lm_head
+    modules["backbone.embedding"] = model.backbone_model.embed_tokens.embed_audio_tokens
+    modules["depth.embedding"] = depth.model.embed_tokens
     for name, stack in (("backbone", model.backbone_model), ("depth", depth.model)):
         for i, layer in enumerate(stack.layers):
             modules.update({f"{name}.{i}.{part}": getattr(layer.self_attn, f"{part}_proj") for part in "qkvo"})
             modules.update(
                 {f"{name}.{i}.{part}": getattr(layer.mlp, f"{part}_proj") for part in ("gate", "up", "down")}
             )
-    freed = 0
-    for name, module in modules.items():
-        packed = copy_of(name)
-        if isinstance(packed, QuantWeight):
-            weight, bias = module.get_parameter("weight"), getattr(module, "bias", None)
-            module.register_parameter("weight", nn.Parameter(torch.empty_like(weight, device="meta"), False))
-            module.__dict__["forward"] = _PackedForward(packed, bias if isinstance(bias, Tensor) else None)
-            freed += 1
+
+    def free(module: nn.Module, packed: Sequence[QuantWeight], forward: type[_PackedForward]) -> None:
+        weight = torch.empty_like(module.get_parameter("weight"), device="meta")
+        module.register_parameter("weight", nn.Parameter(weight, False))
+        module.__dict__["forward"] = forward(packed, module)
+
+    freed = [name for name in copies if name in modules]
+    for name in freed:
+        free(modules[name], [copies[name]], _PackedEmbedding if name.endswith(".embedding") else _PackedLinear)
+    quantised = [head for head in heads if isinstance(head, QuantWeight)]
+    if len(quantised) == len(heads):
+        free(depth.codebooks_head, quantised, _PackedHeads)
+        freed += [name for name in copies if name.startswith("depth.head.")]
     return freed
 
 
