@@ -173,9 +173,10 @@ def calibrate(model: Any, seat: Seat, size: int, dropped: bool) -> Floors:
     """
     engine = seat.engine
     vocab = model.config.text_vocab_size
-    ids = (torch.arange(_PROMPT, device=engine.device) * 37 % vocab)[None]
+    length = min(_PROMPT, engine.capacity // 2)
+    ids = (torch.arange(length, device=engine.device) * 37 % vocab)[None]
     x = hf_call.text_embeddings(model, ids)
-    positions = torch.arange(_PROMPT, device=engine.device)[None]
+    positions = torch.arange(length, device=engine.device)[None]
     prompt = seat.passes.prefill(x, None, positions)
     runner = engine.prepare(size)
     state = runner.state
@@ -190,13 +191,13 @@ def calibrate(model: Any, seat: Seat, size: int, dropped: bool) -> Floors:
     state.utterance.zero_()
     samples: list[Sample] = []
     alive = torch.ones(1, dtype=torch.bool, device=engine.device)
-    for number in range(min(CALIBRATION_FRAMES, engine.capacity - _PROMPT)):
+    for number in range(min(CALIBRATION_FRAMES, engine.capacity - length)):
         engine.next_frame(runner, first=number == 0)
         samples.append(Sample(number, *engine.trace(runner, 1), alive))
     if int(state.faults):
         raise ArithmeticError(f"the frames made for calibration have faults, bits {int(state.faults)}")
     codes = [sample.codes for sample in samples]
-    checks = Checks(replay_of(engine, runner), scene(model, seat, runner, _PROMPT, positions[:, -1], dropped))
+    checks = Checks(replay_of(engine, runner), scene(model, seat, runner, length, positions[:, -1], dropped))
     measured, seconds = {}, {}
     for name in CHECKS:
         measured[name] = [checks.depth(samples, _NOISES) if name == "depth" else checks(name, samples, codes)]

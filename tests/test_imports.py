@@ -132,8 +132,11 @@ def ops_used(path: Path) -> set[tuple[str, str]]:
 
 
 def test_only_the_engine_and_the_backend_call_decode_ops() -> None:
-    """Decoding: the engine, its steps, the fused kernels' launches and the torch.compile backend. Training: one adapter."""
-    callers = ("engine.py", "steps.py", "fused.py", "backend.py")
+    """Decoding: the engine, its steps, the fused kernels' launches and the torch.compile backend. Training: one adapter.
+
+    The guard's replay takes the noise, which it must have in common with what it judges.
+    """
+    callers = ("engine.py", "steps.py", "fused.py", "backend.py", "replay.py")
     free = {"__version__", "QuantWeight", "dequantize", "quantize", "take_rows", "FrameSample", "sample_frames"}
     seen = set()
     for path in files(RUNTIME):
@@ -155,14 +158,14 @@ def test_only_the_training_adapter_calls_training_ops() -> None:
         assert other == path or "loss" not in {file for file, _ in ops_used(other)}, other
 
 
-def test_only_training_draws_frames() -> None:
-    """The collator, the noise meter and the training adapter; what generates knows nothing of samples of frames."""
+def test_only_training_and_the_guard_draw_frames() -> None:
+    """The collator, the noise meter, the training adapter, and who verifies frames; what makes them knows nothing of it."""
     drawing = set()
     for path in files(RUNTIME):
         names = imports(path)
         if {"csm_kernels.FrameSample", "csm_kernels.sample_frames"} & names or "csm_kernels.frames" in names:
             drawing.add(str(path.relative_to(RUNTIME)))
-    assert drawing == {"adapters/hf_training.py", "training/collate.py", "training/noise.py"}
+    assert drawing == {"adapters/hf_training.py", "guard.py", "training/collate.py", "training/noise.py"}
 
 
 def test_op_files_are_all_listed() -> None:
@@ -182,7 +185,7 @@ def test_only_accelerate_and_what_stands_on_it_import_the_engine_or_the_adapter(
 
     ``training/__init__.py`` may hand the trainer's adapter on.
     """
-    allowed = {"accelerate.py", "decode_loop.py", "generate.py", "cli.py", "demo.py"}
+    allowed = {"accelerate.py", "decode_loop.py", "generate.py", "ladder.py", "cli.py", "demo.py"}
     for path in files(RUNTIME):
         if path.parent.name == "adapters" or path.name == "engine.py":
             continue
@@ -190,6 +193,16 @@ def test_only_accelerate_and_what_stands_on_it_import_the_engine_or_the_adapter(
         if path.parent.name == "training" and path.name in ("handle.py", "__init__.py"):
             taken = {n for n in taken if n.startswith("csm_runtime.engine")}
         assert not taken or path.name in allowed, (path.name, taken)
+
+
+def test_the_guard_gets_its_checks_as_callables() -> None:
+    """It judges numbers: no kernels, no engine, no adapter, so that it can be tested with made-up ones."""
+    ours = {name for name in imports(RUNTIME / "guard.py") if name.startswith(("csm_runtime.", "csm_kernels."))}
+    assert {name.rpartition(".")[0] for name in ours if name.count(".") == 2} <= {
+        "csm_runtime.events",
+        "csm_runtime.metrics",
+    }
+    assert {name for name in ours if name.startswith("csm_kernels.")} == {"csm_kernels.sample_frames"}
 
 
 def test_training_knows_nothing_of_generation() -> None:

@@ -332,6 +332,9 @@ def test_a_fault_does_not_show(
     assert dict(metrics.stock_reasons) == {"a fault of the fast path": 1}
     warned = [record for record in caplog.records if "the fast path failed" in record.getMessage()]
     assert len(warned) == 1
+    with on_stock_path(model, "until rearm(): RuntimeError: injected"):
+        model.generate(**prompt, **GREEDY, max_new_tokens=1)
+    model.acceleration.guard.rearm()
     with on_fast_path(model):
         assert torch.equal(model.generate(**prompt, **GREEDY, max_new_tokens=3), wanted[:, : got.shape[1] - 4])
 
@@ -343,6 +346,7 @@ def test_the_same_fault_warns_once(
     break_frame(monkeypatch, 0)
     for _ in range(3):
         model.generate(**prompt, **GREEDY, max_new_tokens=2)
+        model.acceleration.guard.rearm()
     assert model.acceleration.metrics.counters["faults"] == 3
     assert sum("the fast path failed" in record.getMessage() for record in caplog.records) == 1
 
