@@ -460,12 +460,7 @@ class Acceleration:
         """After a loop that stopped early: tell the guard, and make room on the rung that it goes to."""
         breach, rows = loop.breach, len(loop.ended)
         assert breach is not None
-        evidence: dict[str, Tensor] = {}
-        try:
-            if loop.watch is not None and breach.kind != "memory":
-                evidence = loop.watch.checks.evidence(list(loop.watch.kept), loop.frames)
-        except Exception as error:  # a device that is lost, perhaps: the event does without
-            logger.debug("no evidence: %s", error)
+        evidence = loop.evidence()
         if any(finding.check == "copies" for finding in breach.findings):
             self._weights.forget([f.measure for f in breach.findings if f.check == "copies"])
         if breach.kind == "memory":

@@ -122,6 +122,7 @@ class DecodeLoop:
         self.runner: Any = None
         self.breach: Breach | None = None
         self.watch: Watch | None = None
+        self._evidence: dict[str, Tensor] = {}
         self._request, self._begin, self._streamer, self._metrics = request, begin, streamer, metrics
         self._speech_ended = False
         self._fault: Exception | None = None
@@ -176,6 +177,18 @@ class DecodeLoop:
             what = f"past_key_values could not be filled: {type(error).__name__}: {error}"
             if self._metrics.fault(what):
                 logger.warning(what, exc_info=True)
+
+    def evidence(self) -> dict[str, Tensor]:
+        """What the guard's event keeps of the frames that led to the breach."""
+        return self._evidence or self._gathered()
+
+    def _gathered(self) -> dict[str, Tensor]:
+        try:
+            if self.watch is not None and (self.breach is None or self.breach.kind != "memory"):
+                return self.watch.checks.evidence(list(self.watch.kept), self.frames)
+        except Exception as error:  # a device that is lost, perhaps: the event does without
+            logger.debug("no evidence: %s", error)
+        return {}
 
     def release(self) -> None:
         """Give the runner back, once nothing reads its state any more; dropped frames may still be running."""
@@ -240,6 +253,7 @@ class DecodeLoop:
                 self.breach = self.watch.look(sample, self.frames)
                 if self.breach is not None:
                     self._in_flight.clear()
+                    self._evidence = self._gathered()
                     # What a streamer has got cannot be taken back.
                     kept = max(self.breach.first_bad, 0 if self._streamer is None else index)
                     del self.frames[kept:], self._ends[kept:]

@@ -31,8 +31,9 @@ BLOCK = 16
 """One frame of each block of this many is verified."""
 _KEPT = 2 * BLOCK
 """Frames kept for a closer look: two samples may be as far apart."""
-CHECKS = ("depth", "backbone", "formats", "backbone formats", "copies")
-"""In the order of their price on a sampled frame. Each has an equal share of the budget."""
+CHECKS = ("copies", "depth", "backbone", "formats", "backbone formats")
+"""In the order in which a sampled frame gets them: the one that says most comes first. Each has an equal share of the
+budget."""
 
 _STRICT = "codebook 0"
 _MARGIN_DB = {_STRICT: 6.0}
