@@ -487,7 +487,7 @@ def gumbel_noise_ref(key: NoiseKey, codebook: Tensor, vocab: int) -> Tensor:
 
     Args:
         key: the rows' seeds, utterances and frames, ``[B]`` each.
-        codebook: one-element int64 tensor.
+        codebook: ``[1]`` int64, or ``[B]`` with one for each row.
         vocab: number of tokens.
 
     Returns:
@@ -496,7 +496,7 @@ def gumbel_noise_ref(key: NoiseKey, codebook: Tensor, vocab: int) -> Tensor:
     token = torch.arange(vocab, device=key.seed.device)[None, :]
     word = philox_ref(
         token,
-        codebook.reshape(1, 1),
+        codebook.reshape(-1, 1),
         (key.frame & _MASK)[:, None],
         (key.utterance & _MASK)[:, None],
         (key.seed & _MASK)[:, None],

@@ -22,7 +22,7 @@ from csm_runtime.decode_loop import DecodeLoop
 from csm_runtime.engine import BUCKETS, Engine, bucket_for
 from csm_runtime.events import GuardEvent
 from csm_runtime.generate import FastGenerate, Seeds, plain_mode
-from csm_runtime.guard import FAST, STOCK, Breach, Guard, GuardConfig, Watch
+from csm_runtime.guard import FAST, STOCK, Breach, Finding, Guard, GuardConfig, Watch
 from csm_runtime.ladder import Seat
 from csm_runtime.metrics import Metrics
 from csm_runtime.precision import PrecisionPolicy, resolve_policy
@@ -225,9 +225,30 @@ class Acceleration:
             originals_dropped=self._dropped,
             notes=list(self.notes),
             metrics=self.metrics.snapshot(),
+            guard=self.guard.status(),
             compiled_prefill=self._passes.compiled,
             replaced=dict(self._passes.replaced),
         )
+
+    def replay(self, event: GuardEvent) -> list[Finding]:
+        """Run the checks of one of the guard's incidents again, with the weights as they are now.
+
+        Args:
+            event: from ``guard.events``, or loaded by :meth:`csm_runtime.events.GuardEvent.load`.
+
+        Returns:
+            Every measure beyond its limit, as at the incident if nothing has changed; nothing where all is well.
+
+        Raises:
+            ValueError: the event kept no frames, or is of a model of another shape.
+        """
+        with self._lock, plain_mode():
+            self._refresh()
+            size = min(self._warm, default=1)
+            seat = self._seat(FAST, size)
+            if FAST not in self.guard.floors:
+                self._calibrate(FAST, seat, size)
+            return ladder.replay_event(self._model, seat, event, self.guard.floors[FAST], self._dropped)
 
     def restore(self) -> None:
         """Give the stock model back: same outputs as before, nothing of ours left on it.

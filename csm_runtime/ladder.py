@@ -15,9 +15,10 @@ from torch import Tensor
 
 from csm_runtime.adapters import hf, hf_call
 from csm_runtime.adapters.hf_passes import Passes
-from csm_runtime.checks import Checks, Sample, Scene
+from csm_runtime.checks import Checks, Sample, Scene, scene_of
 from csm_runtime.engine import Engine
-from csm_runtime.guard import CHECKS, FAST, STOCK, Breach, Floors, floors_of
+from csm_runtime.events import GuardEvent
+from csm_runtime.guard import CHECKS, FAST, STOCK, Breach, Finding, Floors, floors_of, judge
 from csm_runtime.metrics import Metrics
 from csm_runtime.precision import PrecisionPolicy, zones_of
 from csm_runtime.replay import Replay
@@ -208,3 +209,42 @@ def calibrate(model: Any, seat: Seat, size: int, dropped: bool) -> Floors:
             del seconds[name]  # there is nothing to check
     dtype = str(engine.dtype).removeprefix("torch.")
     return floors_of(measured, seconds, policy=seat.weights.policy.name, mode=engine.mode, dtype=dtype)
+
+
+def replay_event(model: Any, seat: Seat, event: GuardEvent, floors: Floors, dropped: bool) -> list[Finding]:
+    """Run the checks of an incident again on the frames it kept, with the weights as they are now.
+
+    Args:
+        model: transformers' CSM, of the shape the event came from.
+        seat: engine and weights.
+        event: the incident.
+        floors: limits.
+        dropped: whether the stock weights are gone.
+
+    Returns:
+        Every measure beyond its limit; nothing where the frames are within them.
+
+    Raises:
+        ValueError: the event kept no frames, or they are of a model of another shape.
+    """
+    spec = seat.engine.spec
+    if "codes" not in event.tensors:
+        raise ValueError(
+            f"event {event.id} kept no frames ({event.kind}: {event.reason}); there is nothing to run again"
+        )
+    wanted = (spec.codebooks, spec.backbone.hidden)
+    came = (event.tensors["codes"].shape[-1], event.tensors["hidden"].shape[-1])
+    if came != wanted:
+        raise ValueError(
+            f"event {event.id} has {came[0]} codebooks and a hidden size of {came[1]}, the model {wanted[0]} and {wanted[1]}"
+        )
+    runner = seat.engine.runner(1)
+    nowhere = torch.zeros(1, dtype=torch.int64, device=seat.engine.device)
+    there, samples, codes = scene_of(event.tensors, scene(model, seat, runner, 0, nowhere, dropped))
+    checks = Checks(replay_of(seat.engine, runner), there, floors.ties)
+    found: list[Finding] = []
+    for name in CHECKS:
+        if name == "copies" or ("backbone" in name and not there.keys):
+            continue
+        found += judge(name, checks(name, samples, codes), floors)
+    return found

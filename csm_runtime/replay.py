@@ -187,13 +187,9 @@ def redraw(
     temperature = torch.where(params.do_sample, params.temperature, torch.ones_like(params.temperature))
     scores = logits / temperature[:, None, None]
     room = (tolerance[None, :] / temperature[:, None])[..., None]
-    noise = torch.stack(
-        [
-            gumbel_noise_ref(key, torch.full((1,), first_codebook + k, dtype=torch.int64, device=device), vocab)
-            for k in range(books)
-        ],
-        dim=1,
-    )
+    each = NoiseKey(*(value.repeat_interleave(books) for value in key))
+    codebook = torch.arange(first_codebook, first_codebook + books, device=device).repeat(count)
+    noise = gumbel_noise_ref(each, codebook, vocab).view(count, books, vocab)
     noise = torch.where(params.do_sample[:, None, None], noise, 0.0)
     ranked, _ = scores.sort(dim=-1, descending=True, stable=True)
     whole = ~params.do_sample

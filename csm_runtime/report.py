@@ -11,9 +11,10 @@ class Report:
     """The state of an accelerated model. Bytes are bytes; ``zones`` has one dict per zone of the model.
 
     ``copied_bytes`` is what packed copies hold beside the stock model, ``kv_bytes`` what the preallocated KV buffers
-    hold. ``replaced`` counts what the backend "csm" put in place of stock code in the layers that prompts run through, if
-    ``compiled_prefill``. Per zone, ``bytes`` is its size, ``bytes_per_frame`` what one frame at batch 1 reads of it (None
-    for the KV cache and the codec) and ``sqnr_db`` the signal to rounding noise of its weights (None where none were rounded).
+    hold. ``guard`` is the guard's ``status()``. ``replaced`` counts what the backend "csm" put in place of stock code in
+    the layers that prompts run through, if ``compiled_prefill``. Per zone, ``bytes`` is its size, ``bytes_per_frame`` what
+    one frame at batch 1 reads of it (None for the KV cache and the codec) and ``sqnr_db`` the signal to rounding noise of
+    its weights (None where none were rounded).
     """
 
     model: str
@@ -30,6 +31,7 @@ class Report:
     originals_dropped: bool
     notes: list[str]
     metrics: dict[str, Any]
+    guard: dict[str, Any]
     compiled_prefill: bool
     replaced: dict[str, int]
 
@@ -68,6 +70,7 @@ class Report:
             f"calls: {counters.get('generate.fast', 0)} fast, {counters.get('generate.stock', 0)} stock; "
             f"{counters.get('frames', 0)} frames; {counters.get('faults', 0)} faults"
         )
+        lines.append(_guarded(self.guard))
         lines += [f"  stock path {count}x: {reason}" for reason, count in self.metrics["stock_reasons"].items()]
         lines += [f"  fault {count}x: {what}" for what, count in self.metrics["faults"].items()]
         lines += [f"note: {note}" for note in self.notes]
@@ -77,6 +80,19 @@ class Report:
         alone = "text embedding, codec, forward() and training run the stock modules"
         lines.append(f"left alone: {'' if self.compiled_prefill else 'prefill, '}{alone}")
         return "\n".join(lines)
+
+
+def _guarded(guard: dict[str, Any]) -> str:
+    """The guard's state in one line."""
+    counters = guard["counters"]
+    if guard["rung"] != "fast":
+        state = f"rung {guard['rung']!r} until rearm(): {guard['reason']}"
+    else:
+        state = "rung 'fast'"
+    verified = f"{counters.get('guard.verified', 0)} frames verified, {counters.get('guard.skipped', 0)} skipped for the budget"
+    if not guard["verify"]:
+        verified = "frames are not verified"
+    return f"guard: {state}; {verified}; {counters.get('guard.breaches', 0)} incidents"
 
 
 def _mb(count: float) -> str:

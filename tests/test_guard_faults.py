@@ -341,7 +341,10 @@ def breaking(model: Any, error: Callable[[], Exception], times: int = 1) -> None
 
 @pytest.mark.parametrize(
     "error",
-    [lambda: torch.OutOfMemoryError("CUDA out of memory"), lambda: RuntimeError("[enforce fail] can't allocate memory")],
+    [
+        lambda: torch.OutOfMemoryError("CUDA out of memory"),
+        lambda: RuntimeError("[enforce fail] can't allocate memory"),
+    ],
 )
 def test_out_of_memory_at_a_frame(error: Callable[[], Exception]) -> None:
     """Straight to the stock path, with the fast path's buffers given back."""
@@ -456,9 +459,7 @@ def test_a_check_that_fails_says_nothing_of_the_frames(
 
 def test_the_guard_changes_no_frame() -> None:
     for options in (GREEDY, SAMPLED):
-        watched, alone = (
-            guarded(guard=config) for config in (ALL, GuardConfig(verify=False))
-        )
+        watched, alone = (guarded(guard=config) for config in (ALL, GuardConfig(verify=False)))
         assert torch.equal(generate(watched, **options), generate(alone, **options))
         counters = watched.acceleration.metrics.counters
         assert counters["guard.verified"] == FRAMES // BLOCK
