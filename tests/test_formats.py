@@ -43,7 +43,7 @@ def uniform(fmt: str) -> PrecisionPolicy:
 
 
 def assert_is_its_twin(policy: PrecisionPolicy, make: Any, frames: int = 6) -> None:
-    model, prompt = accelerate(make(), precision=policy, mode="eager", progress=False), PROMPT
+    model, prompt = accelerate(make(), precision=policy, mode="eager", progress=False, guard=False), PROMPT
     with on_fast_path(model):
         got = model.generate(**prompt, **GREEDY, max_new_tokens=frames)
     twin = lowered_twin(policy, of=make())
@@ -73,7 +73,7 @@ def test_presets(preset: str) -> None:
 
 def test_tied_embeddings_are_one_copy() -> None:
     policy = PrecisionPolicy((("*.embedding", "int8"),))
-    model = accelerate(build("tied"), precision=policy, mode="eager", progress=False)
+    model = accelerate(build("tied"), precision=policy, mode="eager", progress=False, guard=False)
     packed = model.acceleration._engine.packed
     assert packed.depth_embedding.data is packed.backbone_embedding.data
     table = model.depth_decoder.model.embed_tokens.weight
@@ -89,7 +89,7 @@ def test_tied_embeddings_are_one_copy() -> None:
     assert not torch.equal(before, after)
     fresh = build("tied")
     fresh.depth_decoder.model.embed_tokens.weight.data.neg_()
-    fresh = accelerate(fresh, precision=policy, mode="eager", progress=False)
+    fresh = accelerate(fresh, precision=policy, mode="eager", progress=False, guard=False)
     assert torch.equal(fresh.generate(**PROMPT, **GREEDY, max_new_tokens=6), after)
 
 
@@ -97,7 +97,9 @@ def test_tied_embeddings_are_one_copy() -> None:
 def test_a_narrower_cache(monkeypatch: Any, fmt: str) -> None:
     """Close to stock, further off than fp32, half the bytes; the caller's cache stays in the model's dtype."""
     policy = PrecisionPolicy((("kv", fmt),))
-    model, plain = (accelerate(build(std=0.1), precision=p, mode="eager", progress=False) for p in (policy, "exact"))
+    model, plain = (
+        accelerate(build(std=0.1), precision=p, mode="eager", progress=False, guard=False) for p in (policy, "exact")
+    )
     plain.generate(**PROMPT, **GREEDY, max_new_tokens=1)
     tokens, hidden, depth = recorded(model, PROMPT, 8, monkeypatch)
     true_hidden, _, true_depth = teacher_forced(build(std=0.1), PROMPT, tokens)
@@ -118,7 +120,7 @@ def test_a_narrower_cache(monkeypatch: Any, fmt: str) -> None:
 
 def test_a_wider_cache() -> None:
     policy = PrecisionPolicy((("kv", "fp32"),))
-    model = accelerate(build(dtype=torch.bfloat16), precision=policy, mode="eager", progress=False)
+    model = accelerate(build(dtype=torch.bfloat16), precision=policy, mode="eager", progress=False, guard=False)
     assert model.acceleration._engine.runner(1).state.keys[0].dtype == torch.float32
     out = model.generate(**PROMPT, **GREEDY, max_new_tokens=3, return_dict_in_generate=True)
     assert out.past_key_values.layers[0].keys.dtype == torch.bfloat16
@@ -129,7 +131,9 @@ def test_a_bf16_model_by_the_tolerance_rule(monkeypatch: Any, fmt: str) -> None:
     """Truth: what is stored, in fp32. Eager: the stock modules in bf16 on the same weights."""
     policy = PrecisionPolicy((("*.mlp", fmt), ("*.attention", fmt), ("depth.head.2", fmt)))
     source = build(std=0.1, dtype=torch.bfloat16)
-    model = accelerate(build(std=0.1, dtype=torch.bfloat16), precision=policy, mode="eager", progress=False)
+    model = accelerate(
+        build(std=0.1, dtype=torch.bfloat16), precision=policy, mode="eager", progress=False, guard=False
+    )
     # Prompts run through the originals, so the truth is teacher-forced with them where they differ: drop them instead.
     if fmt in ("fp8", "int4:32"):
         model.acceleration.drop_originals()
@@ -145,7 +149,7 @@ def test_originals_of_every_quantised_format_can_be_dropped() -> None:
     rules = (("depth.head.3", "int4:32"), ("depth.head", "fp8"), ("*.mlp", "int4"), ("*.embedding", "int8"))
     policy = PrecisionPolicy((*rules, ("*.attention", "bf16")))
     model = build("eight_codebooks")
-    accelerate(model, precision=policy, mode="eager", progress=False, drop_originals=True)
+    accelerate(model, precision=policy, mode="eager", progress=False, guard=False, drop_originals=True)
     depth = model.depth_decoder
     assert depth.codebooks_head.weight.is_meta and not depth.model.embed_tokens.weight.is_meta
     assert model.backbone_model.embed_tokens.embed_audio_tokens.weight.is_meta
@@ -165,7 +169,7 @@ def test_originals_of_every_quantised_format_can_be_dropped() -> None:
 
 def test_heads_keep_their_originals_while_one_is_not_quantised() -> None:
     policy = PrecisionPolicy((("depth.head.1", "keep"), ("depth.head", "int8"), ("depth.mlp", "int8")))
-    model = accelerate(build(), precision=policy, mode="eager", progress=False, drop_originals=True)
+    model = accelerate(build(), precision=policy, mode="eager", progress=False, guard=False, drop_originals=True)
     assert model.acceleration.originals_dropped
     assert not model.depth_decoder.codebooks_head.weight.is_meta
     before = model.generate(**PROMPT, **GREEDY, max_new_tokens=5)
@@ -244,7 +248,7 @@ def test_another_policy_shares_the_copies_it_has_in_common(packing: tuple[Any, P
 
 def test_dropped_originals_cannot_take_another_format() -> None:
     policy = PrecisionPolicy((("depth.mlp", "int8"),))
-    model = accelerate(build(), precision=policy, mode="eager", progress=False, drop_originals=True)
+    model = accelerate(build(), precision=policy, mode="eager", progress=False, guard=False, drop_originals=True)
     weights = model.acceleration._weights
     same, _ = weights.with_policy(PrecisionPolicy((*policy.rules, ("kv", "bf16")))).refresh(live_weights(model))
     assert same.depth.layers[0].up.weight.data is weights.refresh(live_weights(model))[0].depth.layers[0].up.weight.data
@@ -257,7 +261,7 @@ def test_values_a_format_cannot_hold(fmt: str) -> None:
     model = build()
     model.depth_decoder.model.layers[1].mlp.up_proj.weight.data[3, 4] = 1e30 if fmt == "fp16" else float("inf")
     with pytest.raises(ValueError, match=rf"precision: depth\.1\.up .*{fmt}"):
-        accelerate(model, precision=PrecisionPolicy((("depth.mlp", fmt),)), mode="eager", progress=False)
+        accelerate(model, precision=PrecisionPolicy((("depth.mlp", fmt),)), mode="eager", progress=False, guard=False)
     assert "acceleration" not in model.__dict__
 
 
