@@ -16,6 +16,7 @@ from csm_kernels.quant import QuantWeight, dequantize, take_rows
 def _embed_kernel(
     codes_ptr,
     table_ptr,
+    scale_ptr,
     text_ids_ptr,
     text_table_ptr,
     mask_ptr,
@@ -37,6 +38,7 @@ def _embed_kernel(
     text_vocab,
     width,
     K: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     HAS_TEXT: tl.constexpr,
     HAS_MASK: tl.constexpr,
     MASKS_TEXT: tl.constexpr,
@@ -58,8 +60,11 @@ def _embed_kernel(
         if HAS_MASK:
             counts = counts & (tl.load(mask_row + codebook * mask_stride, mask=counts, other=0) != 0)
         known = (code >= 0) & (code < vocab)
-        places = table_ptr + ((codebook * vocab + code) * table_stride)[:, None] + column[None, :]
+        place = codebook * vocab + code
+        places = table_ptr + (place * table_stride)[:, None] + column[None, :]
         vectors = tl.load(places, mask=(counts & known)[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        if HAS_SCALE:
+            vectors *= tl.load(scale_ptr + place, mask=counts & known, other=0.0)[:, None]
         total += tl.sum(tl.where((counts & ~known)[:, None], float("nan"), vectors), 0)
     if HAS_TEXT:
         text = tl.load(text_ids_ptr + row_start(row, text_inner, text_outer_stride, text_inner_stride))
@@ -75,17 +80,21 @@ def _embed_kernel(
 
 def launch_embed(
     codes: Tensor,
-    table: Tensor,
+    table: Tensor | QuantWeight,
     vocab: int,
     text_ids: Tensor | None,
     text_table: Tensor | None,
     mask: Tensor | None,
     out: Tensor,
 ) -> None:
-    """Launch the kernel into ``out``, contiguous; shapes as :func:`embed_frame`, ``text_table`` only with ``text_ids``."""
+    """Launch the kernel into ``out``, contiguous; shapes as :func:`embed_frame`, ``text_table`` only with ``text_ids``.
+
+    ``table`` may also be quantised, in int8 or fp8.
+    """
     if out.numel() == 0:
         return
-    books, width = codes.shape[-1], table.shape[1]
+    books, width = codes.shape[-1], table.data.shape[1]
+    scale = table.scale if isinstance(table, QuantWeight) else None
     rows = rows_of(codes[..., :1], "codes")
     texts = rows if text_ids is None else rows_of(text_ids[..., None], "text_ids")
     masks = rows if mask is None else rows_of(mask[..., :1], "mask")
@@ -99,7 +108,8 @@ def launch_embed(
     meta = tiles("embed", codes, {"K": books, "D": width}, default)
     _embed_kernel[(rows.total, triton.cdiv(width, meta["BLOCK_D"]))](
         codes,
-        table,
+        table.data,
+        scale,
         text_ids,
         text_table,
         mask,
@@ -109,12 +119,13 @@ def launch_embed(
         *texts.walk,
         *masks.walk,
         0 if mask is None else mask.stride(-1),
-        table.stride(0),
+        table.data.stride(0),
         0 if text_table is None else text_table.stride(0),
         vocab,
         0 if text_table is None else text_table.shape[0],
         width,
         K=books,
+        HAS_SCALE=scale is not None,
         HAS_TEXT=text_ids is not None,
         HAS_MASK=mask is not None,
         MASKS_TEXT=mask is not None and mask.shape[-1] == books + 1,

@@ -46,8 +46,11 @@ def gemv_streamed(x: Tensor, weight: Tensor | QuantWeight, bias: Tensor | None =
     """
     rows, width = x.shape
     data = weight.data if isinstance(weight, QuantWeight) else weight
-    if rows > _MAX_UNROLLED_ROWS or data.dtype == torch.uint8:  # two columns in a byte: widened first
+    if rows > _MAX_UNROLLED_ROWS:
         out = x @ dequantize(weight).t()
+        return out if bias is None else out + bias.float()
+    if isinstance(weight, QuantWeight) and data.dtype == torch.uint8:
+        out = _int4_sums(x, weight)
         return out if bias is None else out + bias.float()
     x = in_memory(x)
     height = data.shape[0]
@@ -62,6 +65,34 @@ def gemv_streamed(x: Tensor, weight: Tensor | QuantWeight, bias: Tensor | None =
     if isinstance(weight, QuantWeight):
         out = out * weight.scale
     return out if bias is None else out + bias.float()
+
+
+def _int4_sums(x: Tensor, weight: QuantWeight) -> Tensor:
+    """``[M, N]`` from int4: sums of nibbles times x by group, then a scale each; the levels' offset meets x's own sums.
+
+    Nibbles are taken apart in int32: 0.64 ms at 8192 x 1024, 0.90 in uint8, 19.6 by way of a widened matrix, int8 0.46
+    (1 core, torch 2.11, 2026-11-23).
+    """
+    rows, half = x.shape[0], weight.group // 2
+    grouped = in_memory(torch.nn.functional.pad(x, (0, weight.padding)).view(rows, -1, 2, half))
+    whole = in_memory(grouped.sum((2, 3)))
+    codes = weight.data.unflatten(-1, (-1, half))
+    height = codes.shape[0]
+    streams = 2 if rows <= 2 and height > 1 else 1
+    blocks = [codes[i * (height // streams) : (i + 1) * (height // streams)] for i in range(streams)]
+    if height % streams:
+        blocks.append(codes[height // streams * streams :])
+    sums = []
+    for m in range(rows):
+        low, high = grouped[m].unbind(1)
+        for block in blocks:
+            wide = block.to(torch.int32)
+            sums.append(((wide & 15).float() * low + (wide >> 4).float() * high).sum(-1))
+    parts = in_memory(torch.cat(sums).view(rows, height, -1))
+    if weight.symmetric:
+        return ((parts - 8.0 * whole[:, None]) * weight.scale.float()).sum(-1)
+    step, offset = weight.scale.float().unbind(-1)
+    return (parts * step + whole[:, None] * offset).sum(-1)
 
 
 def _chunked_sums(block: Tensor, row: Tensor) -> Tensor:

@@ -46,8 +46,8 @@ are two of them, one for contexts up to this length."""
 
 _FORCED_CODEBOOKS = 3
 """Codebooks whose logits the self-test compares with the stock model's."""
-_LEAST_SQNR = 10.0
-"""In dB. On random weights bf16 has 36, int8 29; a codebook taken for another has 0 or less."""
+_LEAST_SQNR, _LEAST_SQNR_INT4 = 10.0, 4.0
+"""In dB. On random weights bf16 has 36, int8 29, int4 9; a codebook taken for another has 0 or less."""
 
 MODES = ("auto", "compile", "graph", "kernels", "library", "eager")
 _FUSED, _CAPTURED = ("graph", "kernels"), ("graph", "library")
@@ -569,7 +569,7 @@ class Engine:
         if state.faults.item():
             return str(Fault(int(state.faults)))
         wanted = stock_logits(hidden, codes[:, : len(made)])
-        fault = _too_far("depth logits", made.transpose(0, 1), wanted)
+        fault = self._too_far("depth logits", made.transpose(0, 1), wanted)
         results = []
         for other in (frame, None):
             state.rewind()
@@ -580,7 +580,7 @@ class Engine:
             results.append(state.hidden.clone())
         runner.frame = frame
         state.rewind()
-        return fault or _too_far("the backbone's hidden state", *results)
+        return fault or self._too_far("the backbone's hidden state", *results)
 
     def _against_stock(self, runner: _Runner, stock_logits: Callable[[Tensor, Tensor], Tensor]) -> str | None:
         state, positions = runner.state, self._positions[: 1 + _FORCED_CODEBOOKS]
@@ -590,18 +590,18 @@ class Engine:
         tokens = codes.to(self.device).unbind()  # contiguous, as compiled steps take it for granted
         made = [self.depth_position(runner, *step)[1] for step in zip(positions, (tokens[0], *tokens))]
         ours, theirs = torch.stack(made[1:], dim=1), stock_logits(state.hidden, torch.stack(tokens, dim=1))
-        return _too_far("depth logits", ours, theirs)
+        return self._too_far("depth logits", ours, theirs)
+
+    def _too_far(self, what: str, ours: Tensor, theirs: Tensor) -> str | None:
+        least = _LEAST_SQNR_INT4 if any(t.dtype == torch.uint8 for t in _leaves(self._bound())) else _LEAST_SQNR
+        noise, signal = (float(t.double().square().sum()) for t in (ours - theirs, theirs))
+        if not noise * 10 ** (least / 10) <= signal:
+            return f"{what} differ from the stock model's: signal {signal:.1e}, error {noise:.1e}"
+        return None
 
     def _bound(self) -> Packed:
         assert self.packed is not None, "bind() comes before decoding"
         return self.packed
-
-
-def _too_far(what: str, ours: Tensor, theirs: Tensor) -> str | None:
-    noise, signal = (float(t.double().square().sum()) for t in (ours - theirs, theirs))
-    if not noise * 10 ** (_LEAST_SQNR / 10) <= signal:
-        return f"{what} differ from the stock model's: signal {signal:.1e}, error {noise:.1e}"
-    return None
 
 
 def _heads(stack: StackSpec) -> Heads:

@@ -24,7 +24,7 @@ from csm_kernels.depth.pack import packed_bytes, tensors
 from csm_kernels.embed import launch_embed
 from csm_kernels.gemv_kernel import launch_gemv, workspace_size
 from csm_kernels.norm import launch_forward
-from csm_kernels.quant import QuantWeight, format_of
+from csm_kernels.quant import format_of
 from csm_kernels.sampling import NoiseKey, SamplingParams, launch_sample
 from csm_runtime.adapters.spec import ModelSpec, RotaryTables, StackSpec
 from csm_runtime.kv import State
@@ -66,9 +66,8 @@ def why_not_these(packed: Packed) -> str | None:
     banks = len(packed.depth_heads.banks)
     if banks > 1:
         return f"the depth decoder's heads are in {banks} formats, and they read one"
-    for zone, table in (("backbone", packed.backbone_embedding), ("depth", packed.depth_embedding)):
-        if isinstance(table, QuantWeight):
-            return f"zone '{zone}.embedding' is stored in {format_of(table)}, and they read fp32, bf16 and fp16"
+    if format_of(packed.backbone_embedding) == "int4":
+        return "zone 'backbone.embedding' is stored in int4, and they read fp32, bf16, fp16, int8 and fp8"
     return None
 
 
@@ -122,7 +121,8 @@ class FusedModel:
 
     def _embedding_stayed(self, packed: Packed) -> bool:
         return (
-            self._weights is None or self._weights.depth.embedding.data_ptr() == packed.depth_embedding.data.data_ptr()
+            self._weights is None
+            or self._weights.depth.embedding.data.data_ptr() == packed.depth_embedding.data.data_ptr()
         )
 
     def _pack(self, packed: Packed) -> FusedWeights:
@@ -131,15 +131,13 @@ class FusedModel:
         def args(stack: Stack, tables: RotaryTables, of: StackSpec) -> dict[str, Any]:
             return dict(layers=stack.layers, norm=stack.norm, cos=tables.cos, sin=tables.sin, shape=_shape(of))
 
-        embedding = packed.depth_embedding
-        assert isinstance(embedding, Tensor), "why_not_these() comes first"
         return FusedWeights(
             pack_stack(**args(packed.backbone, rotary, spec.backbone)),
             pack_depth(
                 **args(packed.depth, depth_rotary, spec.depth),
                 projection=packed.depth_projection,
                 heads=packed.depth_heads.banks[0],
-                embedding=embedding,
+                embedding=packed.depth_embedding,
                 table=self._table,
             ),
         )
@@ -234,9 +232,7 @@ class FusedFrame:
     def advance(self) -> None:
         """Feed ``state.codes`` to the backbone: the next ``state.hidden``, one position further."""
         state, packed, stream = self._state, self._packed, self._backbone.buffers.stream
-        table = packed.backbone_embedding
-        assert isinstance(table, Tensor), "why_not_these() comes first"
-        launch_embed(state.codes, table, self._spec.vocab, None, None, None, stream)
+        launch_embed(state.codes, packed.backbone_embedding, self._spec.vocab, None, None, None, stream)
         launch_stack(self._stack_plan, self._stack_args, state.rows)
         launch_forward(stream, None, packed.backbone.norm, self._spec.backbone.eps, state.hidden, None, self._rstd)
         launch_advance(state.allowed, state.length, state.position, state.frame)

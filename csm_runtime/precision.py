@@ -185,14 +185,20 @@ def _check_fields(what: str, data: Any, wanted: tuple[str, ...]) -> None:
 
 
 _INT8 = (("*.attention", "int8"), ("*.mlp", "int8"), ("depth.projection", "int8"), ("depth.head", "int8"))
+_DEPTH_INT8 = (("depth.embedding", "keep"), ("depth.*", "int8"))
 
 PRESETS = {
     "exact": PrecisionPolicy((), "exact"),
+    "balanced": PrecisionPolicy(_DEPTH_INT8, "balanced"),
     "fast": PrecisionPolicy(_INT8, "fast"),
+    "smallest": PrecisionPolicy((("*.mlp", "int4"), ("*.embedding", "int8"), *_INT8), "smallest"),
     "stock": PrecisionPolicy((), "stock"),
     "int8": PrecisionPolicy(_INT8, "int8"),
 }
-"""By name; ``stock`` is ``exact`` and ``int8`` is ``fast`` under their older names."""
+"""By name. ``exact`` keeps every weight; ``balanced`` stores the depth decoder in int8 and keeps the backbone, so codebook 0
+is drawn from the stock weights; ``fast`` stores all matrices but codebook 0's head in int8; ``smallest`` also the
+embeddings, and the MLPs in int4. What they cost: docs/precision.md. ``stock`` is ``exact`` and ``int8`` is ``fast`` under
+their older names."""
 
 
 def resolve_policy(precision: str | PrecisionPolicy) -> PrecisionPolicy:

@@ -352,10 +352,8 @@ class PackedWeights:
 
     def copied_bytes(self) -> int:
         """Bytes held by packed copies, over and above the stock model."""
-        held = {
-            id(copy.packed): storage_bytes(copy.packed) for copy in self._copies.values()
-        }  # tied embeddings are one
-        return sum(held.values())
+        held = {id(copy.packed): copy.packed for copy in self._copies.values()}  # tied embeddings are one
+        return sum(map(storage_bytes, held.values()))
 
     def quantized(self) -> dict[str, QuantWeight]:
         """The copies in int8, fp8 or int4 by name; a bank of heads is named by its codebooks, such as ``depth.head.1-31``."""

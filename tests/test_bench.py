@@ -159,3 +159,26 @@ def test_the_rivals_loss_is_stocks(training: Any, monkeypatch: pytest.MonkeyPatc
     losses = {variant: steps.run(variant)[1] for variant in ("stock, 1/16", "liger per head, 1/16", "ours, 1/16")}
     assert losses["liger per head, 1/16"] == pytest.approx(losses["stock, 1/16"], rel=1e-5)
     assert losses["ours, 1/16"] == pytest.approx(losses["stock, 1/16"], rel=1e-5)
+
+
+def test_precision_of_the_presets(tmp_path: Any) -> None:
+    command = [
+        sys.executable,
+        str(ROOT / "bench" / "precision.py"),
+        "--frames",
+        "6",
+        "--no-zones",
+        "--out",
+        str(tmp_path),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = json.loads((tmp_path / "precision.json").read_text())
+    presets = found["presets"]
+    assert list(presets) == ["exact", "balanced", "fast", "smallest"]
+    assert (tmp_path / "precision.md").read_text() in done.stdout
+    kl = [[row["trained"][group]["kl_nats"] for row in presets.values()] for group in ("0", "1")]
+    assert kl[0][:2] == [0.0, 0.0] and 0 < kl[0][2] < kl[0][3]
+    assert kl[1][0] == 0.0 and 0 < kl[1][2] < kl[1][3]
+    assert all(0 <= part["top1"] <= 1 for row in presets.values() for part in row["trained"].values())
+    shares = [row["share_of_bf16"] for row in presets.values()]
+    assert shares[0] == 1.0 and shares == sorted(shares, reverse=True)

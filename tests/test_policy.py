@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import nn
 
 from csm_runtime import PrecisionPolicy, accelerate
 from csm_runtime.adapters.hf import read_spec
+from csm_runtime.adapters.spec import ModelSpec, StackSpec
 from csm_runtime.metrics import Metrics
 from csm_runtime.precision import PRESETS, SAFE_ZONES, ZONES, resolve_policy, zones_of
 from csm_runtime.weights import planned_table
@@ -84,6 +86,26 @@ def test_no_preset_lowers_a_safe_zone() -> None:
     assert {zone for zone in zones_of(32) if PRESETS["int8"].format_of(zone) == "int8"} == matrices
     assert PRESETS["exact"].rules == PRESETS["stock"].rules == ()
     assert PRESETS["fast"].rules == PRESETS["int8"].rules
+    balanced = {zone for zone in matrices if zone.startswith("depth.")}
+    assert {zone for zone in zones_of(32) if PRESETS["balanced"].format_of(zone) == "int8"} == balanced
+    smallest = {zone: PRESETS["smallest"].format_of(zone) for zone in zones_of(32)}
+    assert {zone for zone, fmt in smallest.items() if fmt == "int4"} == {"backbone.mlp", "depth.mlp"}
+    assert {zone for zone, fmt in smallest.items() if fmt == "keep"} == {*SAFE_ZONES, "kv"}
+
+
+def test_what_presets_read_of_csm_1b() -> None:
+    """Bytes a frame reads, in MB: the figures of docs/precision.md."""
+    stacks = (StackSpec(16, 2048, 8192, 32, 8, 64, 1e-5, 2048), StackSpec(4, 1024, 8192, 8, 2, 128, 1e-5, 33))
+    spec = ModelSpec(*stacks, codebooks=32, vocab=2051, depth_vocab=2051)
+    read = {
+        name: sum(row["bytes_per_frame"] for row in planned_table(spec, policy, torch.bfloat16)) / 1e6
+        for name, policy in PRESETS.items()
+    }
+    assert read["exact"] == pytest.approx(9106, abs=1)
+    assert read["exact"] > read["balanced"] > read["fast"] > read["smallest"]
+    table = (Path(__file__).parents[1] / "docs" / "precision.md").read_text()
+    for name in ("exact", "balanced", "fast", "smallest"):
+        assert f"| `{name}` | {read[name]:,.0f} |" in table
 
 
 @pytest.mark.parametrize("pattern", ["*", "backbone.*", "*.head", "backbone.h*"])

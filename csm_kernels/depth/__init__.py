@@ -78,15 +78,13 @@ def depth_decode(
     _check(hidden, token, packed, params, key, logits)
     batch = len(token)
     if not runs_triton(hidden, token):
-        reference = DepthReference(packed, hidden, token, params, key, packed.embedding.dtype)
+        reference = DepthReference(packed, hidden, token, params, key, packed.dtype)
         codes, made = reference.run()
         if logits is not None:
             logits.copy_(made.transpose(0, 1))
         return codes
     if workspace is None:
-        workspace = make_workspace(
-            packed.stack, batch, 1, hidden.device, depth=packed, cache_dtype=packed.embedding.dtype
-        )
+        workspace = make_workspace(packed.stack, batch, 1, hidden.device, depth=packed, cache_dtype=packed.dtype)
     codes = torch.empty(batch, packed.codebooks, dtype=torch.int64, device=hidden.device)
     workspace.buffers.token.copy_(token)
     pointers = depth_pointers(packed, workspace, hidden, codes, params, key)
@@ -100,7 +98,7 @@ def depth_decode(
 def _check(
     hidden: Tensor, token: Tensor, packed: PackedDepth, params: SamplingParams, key: NoiseKey, logits: Tensor | None
 ) -> None:
-    batch, width = token.numel(), packed.embedding.shape[1]
+    batch, width = token.numel(), packed.width
     if token.ndim != 1 or not 1 <= batch <= MAX_BATCH:
         raise ValueError(f"token must be [B] with B from 1 to {MAX_BATCH}, got {tuple(token.shape)}")
     wanted: list[tuple[str, Tensor | None, tuple[int, ...], torch.dtype]] = [
@@ -123,5 +121,7 @@ def _check(
                 f"{name} must be contiguous {list(shape)} {dtype}, got {list(tensor.shape)} {tensor.dtype} with strides "
                 f"{tensor.stride()}"
             )
-        if tensor.device != packed.embedding.device:
-            raise ValueError(f"{name} must be on {packed.embedding.device}, where the weights are, got {tensor.device}")
+        if tensor.device != packed.embedding.data.device:
+            raise ValueError(
+                f"{name} must be on {packed.embedding.data.device}, where the weights are, got {tensor.device}"
+            )

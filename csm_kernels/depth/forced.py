@@ -1,7 +1,7 @@
 """Teacher-forced pass: the logits of all codebooks of N frames in one call, from the packed weights.
 
-Codes are known, so every position of every frame is one row of a few large products. They run in the dtype of the
-embedding by library matmuls, one layer dequantised at a time.
+Codes are known, so every position of every frame is one row of a few large products. They run in the model's
+dtype by library matmuls, one layer dequantised at a time.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
 from csm_kernels.depth.pack import PackedDepth, PackedStack, act_dtype, one, unpacked_o
+from csm_kernels.quant import dequantize, take_rows
 
 
 def depth_logits(hidden: Tensor, codes: Tensor, packed: PackedDepth, codebooks: int | None = None) -> Tensor:
@@ -31,20 +32,20 @@ def depth_logits(hidden: Tensor, codes: Tensor, packed: PackedDepth, codebooks: 
     count = packed.codebooks if codebooks is None else codebooks
     if not 2 <= count <= packed.codebooks:
         raise ValueError(f"codebooks must be 2 to {packed.codebooks}, got {codebooks}")
-    width = packed.embedding.shape[1]
+    width = packed.width
     if hidden.ndim != 2 or hidden.shape[1] != width:
         raise ValueError(f"hidden must be [N, {width}], got {list(hidden.shape)}")
     if codes.ndim != 2 or codes.shape[0] != hidden.shape[0] or codes.shape[1] < count - 1:
         raise ValueError(f"codes must be [{len(hidden)}, {count - 1} or more], got {list(codes.shape)}")
-    dtype = packed.embedding.dtype
+    dtype = packed.dtype
     places = codes[:, : count - 1] + torch.arange(count - 1, device=codes.device) * packed.vocab
-    if places.numel() and not bool(((places >= 0) & (places < len(packed.embedding))).all()):
+    if places.numel() and not bool(((places >= 0) & (places < len(packed.embedding.data))).all()):
         raise ValueError(f"codes must be 0 to {packed.vocab - 1}")
     if packed.table is not None:
         weight, bias = one(packed.projection, 0).to(torch.float32), packed.projection_bias
         x = torch.cat([linear(hidden.float(), weight, bias)[:, None], packed.table[places].float()], dim=1)
     else:
-        rows = torch.cat([hidden[:, None].float(), packed.embedding[places].float()], dim=1)
+        rows = torch.cat([hidden[:, None].float(), dequantize(take_rows(packed.embedding, places))], dim=1)
         x = linear(rows, one(packed.projection, 0).to(torch.float32), packed.projection_bias)
     for l in range(packed.stack.shape.layers):
         x = _layer(x, packed.stack, l, dtype)

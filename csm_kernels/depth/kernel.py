@@ -288,7 +288,7 @@ def plan(
 
     rows, across = (shape.heads + 2 * shape.groups) * shape.dim, shape.heads * shape.dim
     found = Tiles(
-        tile("projection", depth.projection, shape.width, depth.embedding.shape[1]) if depth is not None else None,
+        tile("projection", depth.projection, shape.width, depth.width) if depth is not None else None,
         tile("qkv", stack.qkv, rows, shape.width),
         tile("o", stack.o, shape.width, across, stack.segments),
         tile("gate_up", stack.gate_up, 2 * shape.ffn, shape.width),
@@ -339,7 +339,7 @@ def _sizes(
         TABLE=depth is not None and depth.table is not None,
         CODEBOOKS=1 if depth is None else depth.codebooks,
         V=vocab,
-        W=1 if depth is None else depth.embedding.shape[1],
+        W=1 if depth is None else depth.width,
         ROUNDS=_ROUNDS,
         WHOLE=vocab <= WHOLE_VOCAB,
         BV=triton.next_power_of_2(vocab) if vocab <= WHOLE_VOCAB else 2048,
@@ -378,7 +378,7 @@ def depth_pointers(
         projection_bias=packed.projection_bias,
         heads=heads,
         heads_scale=heads_scale,
-        embedding=packed.embedding,
+        embedding=packed.embedding.data,
         table=packed.table,
         hidden=hidden,
         codes=codes,

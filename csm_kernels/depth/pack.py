@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from csm_kernels.quant import FORMATS, QuantWeight, dequantize, format_of, quantize
+from csm_kernels.quant import FORMATS, QuantWeight, dequantize, format_of, quantize, take_rows
 
 Matrix = Tensor | QuantWeight
 
@@ -89,15 +89,16 @@ class PackedStack(NamedTuple):
 class PackedDepth(NamedTuple):
     """The depth decoder, packed.
 
-    ``embedding`` is the model's own table ``[codebooks * V, backbone D]``; ``table`` holds its rows after the projection,
-    ``[(codebooks - 1) * V, D]``, so that a step reads one row where it would read the whole projection.
+    ``embedding`` is the model's own table ``[codebooks * V, backbone D]``, or a quantised copy of it; ``table`` holds its rows
+    after the projection, ``[(codebooks - 1) * V, D]``, so that a step reads one row where it would read the whole projection.
+    Without it the kernels read ``embedding``, which then is no quantised one.
     """
 
     stack: PackedStack
     projection: Matrix
     projection_bias: Tensor | None
     heads: Matrix
-    embedding: Tensor
+    embedding: Matrix
     table: Tensor | None
 
     @property
@@ -109,6 +110,18 @@ class PackedDepth(NamedTuple):
     def vocab(self) -> int:
         """Tokens per codebook."""
         return self.heads.data.shape[1]
+
+    @property
+    def width(self) -> int:
+        """The backbone's."""
+        return shape_of(self.embedding)[-1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What activations are rounded to where something is rounded to the model's dtype."""
+        if self.table is not None:
+            return self.table.dtype
+        return self.embedding.data.dtype
 
 
 def _packed(stacked: Matrix, fmt: str, group: int) -> Matrix:
@@ -282,7 +295,7 @@ def pack_depth(
     shape: StackShape,
     projection: Linear,
     heads: Matrix,
-    embedding: Tensor,
+    embedding: Matrix,
     formats: Mapping[str, str] | None = None,
     *,
     table: bool = True,
@@ -298,7 +311,8 @@ def pack_depth(
         shape: the depth decoder's.
         projection: from the backbone's width to the depth decoder's.
         heads: ``[codebooks - 1, V, D]``, any strides.
-        embedding: ``[codebooks * V, backbone D]``, fp32, bf16 or fp16, contiguous; it is referred to, not copied.
+        embedding: ``[codebooks * V, backbone D]``, fp32, bf16 or fp16, contiguous, or quantised where there is a ``table``,
+            which then has the dtype of ``norm``; it is referred to, not copied.
         formats: as there, ``"projection"`` and ``"head"`` as well.
         table: keep the embeddings after the projection: ``(codebooks - 1) * V`` rows of the depth decoder's width in the
             model's dtype, 130 MB for CSM-1B in bf16, so that a step reads 2 kB instead of the projection's 4 MB.
@@ -314,11 +328,14 @@ def pack_depth(
             f"heads must be [codebooks - 1, V, {shape.width}] and projection [{shape.width}, backbone D], got "
             f"{shape_of(heads)} and {shape_of(projection.weight)}"
         )
-    if tuple(embedding.shape) != (codebooks * vocab, width) or not embedding.is_contiguous():
+    if shape_of(embedding) != (codebooks * vocab, width) or not embedding.data.is_contiguous():
         raise ValueError(
-            f"embedding must be contiguous [{codebooks * vocab}, {width}], got {tuple(embedding.shape)} with strides "
-            f"{tuple(embedding.stride())}"
+            f"embedding must be contiguous [{codebooks * vocab}, {width}], got {shape_of(embedding)} with strides "
+            f"{tuple(embedding.data.stride())}"
         )
+    quantised = isinstance(embedding, QuantWeight)
+    if quantised and not table:
+        raise ValueError(f"embedding must be fp32, bf16 or fp16 without a table, got {format_of(embedding)}")
     if cos.shape[0] < codebooks:
         raise ValueError(f"cos and sin must have {codebooks} positions at least, got {cos.shape[0]}")
     chosen = dict(formats or {})
@@ -330,18 +347,23 @@ def pack_depth(
         matrix,
         bias,
         _packed(heads if isinstance(heads, QuantWeight) else heads.detach(), chosen.get("head", "keep"), group),
-        embedding.detach(),
-        projected_table(matrix, bias, embedding.detach(), codebooks, vocab) if table else None,
+        embedding if isinstance(embedding, QuantWeight) else embedding.detach(),
+        projected_table(matrix, bias, embedding, codebooks, vocab, norm.dtype) if table else None,
     )
 
 
-def projected_table(projection: Matrix, bias: Tensor | None, embedding: Tensor, codebooks: int, vocab: int) -> Tensor:
-    """The embeddings of all codebooks but the last after the projection, in the embedding's dtype."""
-    weight = dequantize(projection)[0]
-    rows = embedding[: (codebooks - 1) * vocab]
-    out = torch.empty(len(rows), len(weight), dtype=embedding.dtype, device=embedding.device)
-    for first in range(0, len(rows), 4096):
-        out[first : first + 4096] = torch.nn.functional.linear(rows[first : first + 4096].float(), weight, bias)
+def projected_table(
+    projection: Matrix, bias: Tensor | None, embedding: Matrix, codebooks: int, vocab: int, dtype: torch.dtype
+) -> Tensor:
+    """The embeddings of all codebooks but the last after the projection: in their own dtype, quantised ones in ``dtype``."""
+    weight, height = dequantize(projection)[0].detach(), (codebooks - 1) * vocab
+    if isinstance(embedding, Tensor):
+        dtype = embedding.dtype
+    out = torch.empty(height, len(weight), dtype=dtype, device=weight.device)
+    for first in range(0, height, 4096):
+        some = slice(first, min(first + 4096, height))
+        rows = dequantize(take_rows(embedding, some)).detach()
+        out[some] = torch.nn.functional.linear(rows, weight, bias)
     return out
 
 
@@ -376,7 +398,7 @@ def tensors(packed: Any) -> list[Tensor]:
 def packed_bytes(packed: PackedStack | PackedDepth) -> int:
     """Bytes the packed copy holds, the table included; the embedding is the model's own."""
     own = sum(t.nbytes for t in tensors(packed))
-    return own - packed.embedding.nbytes if isinstance(packed, PackedDepth) else own
+    return own - _matrix_bytes(packed.embedding) if isinstance(packed, PackedDepth) else own
 
 
 def evictions(packed: PackedDepth, cache_bytes: int) -> dict[str, str]:

@@ -141,6 +141,7 @@ class DepthReference(StackReference):
         place = (p - 1) * packed.vocab + self.codes[:, p - 1]
         if packed.table is not None:
             return packed.table[place.clamp(0, len(packed.table) - 1)].to(self.dtype)
+        assert isinstance(packed.embedding, Tensor), "pack_depth() wants a table with a quantised embedding"
         rows = packed.embedding[place.clamp(0, (p - 1 + packed.codebooks - 1) * packed.vocab - 1)]
         return self.linear(rows, one(packed.projection, 0), bias)
 

@@ -197,8 +197,9 @@ class _PackedEmbedding(_PackedForward):
 def drop_originals(model: Any, copies: Mapping[str, QuantWeight], heads: Sequence[Tensor | QuantWeight]) -> list[str]:
     """Free every matrix and embedding that has a quantised copy; its module computes from the copy, widened when used.
 
-    Casts (fp32, bf16, fp16) keep their originals, and so do all depth heads while one of them is not quantised: stock has
-    one parameter for them.
+    Casts (fp32, bf16, fp16) keep their originals. So do all depth heads while one of them is not quantised, stock has one
+    parameter for them; and the depth decoder's embedding, the first parameter of a module that the stock ``generate`` asks
+    for its device.
 
     Args:
         model: the model.
@@ -212,7 +213,6 @@ def drop_originals(model: Any, copies: Mapping[str, QuantWeight], heads: Sequenc
     modules: dict[str, nn.Module] = {"depth.projection": depth.model.inputs_embeds_projector}
     modules["backbone.head"] = model.lm_head
     modules["backbone.embedding"] = model.backbone_model.embed_tokens.embed_audio_tokens
-    modules["depth.embedding"] = depth.model.embed_tokens
     for name, stack in (("backbone", model.backbone_model), ("depth", depth.model)):
         for i, layer in enumerate(stack.layers):
             modules.update({f"{name}.{i}.{part}": getattr(layer.self_attn, f"{part}_proj") for part in "qkvo"})

@@ -11,6 +11,7 @@ from csm_models import (
     build,
     copy_first_codebook,
     int8_twin,
+    lowered_twin,
     on_fast_path,
     stock,
     text_prompt,
@@ -18,9 +19,10 @@ from csm_models import (
 
 from csm_kernels.depth import depth_logits, kernel
 from csm_kernels.testing import sqnr_db
-from csm_runtime import accelerate
+from csm_runtime import PrecisionPolicy, accelerate
 from csm_runtime.adapters.hf_passes import Passes
 from csm_runtime.metrics import Metrics
+from csm_runtime.precision import PRESETS
 from kernels.depth_models import few_programs
 
 GREEDY = {"do_sample": False, "depth_decoder_do_sample": False}
@@ -194,3 +196,59 @@ def test_restore_and_report(device: torch.device) -> None:
     model.acceleration.restore()
     after = model.generate(**{k: v.to(device) for k, v in text_prompt((6,)).items()}, **GREEDY, max_new_tokens=3)
     assert torch.equal(before, after)
+
+
+MIXES = {
+    "smallest": PRESETS["smallest"],
+    "balanced": PRESETS["balanced"],
+    "fp8 and a table in int4": PrecisionPolicy((("depth.embedding", "int4:32"), ("*.mlp", "fp8"), ("depth.head", "fp8"))),
+    "int4 of every width": PrecisionPolicy((
+        ("backbone.embedding", "fp8"),
+        ("*.attention", "int4:32"),
+        ("depth.head", "int4:64"),
+        ("depth.projection", "int4"),
+        ("depth.mlp", "int8"),
+    )),
+    "casts": PrecisionPolicy((("depth.attention", "fp16"), ("backbone.mlp", "bf16"), ("kv", "bf16"))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mix", sorted(MIXES))
+def test_formats_side_by_side_are_near_their_twin(mix: str, device: torch.device) -> None:
+    """Every frame's logits, teacher-forced, from the packed weights of the engine; and the backbone's hidden state."""
+    policy = MIXES[mix]
+    model = fused(build("base").to(device), precision=policy, guard=False)
+    twin = lowered_twin(policy, of=build("base")).to(device)
+    prompt = {key: value.to(device) for key, value in text_prompt((7,)).items()}
+    with on_fast_path(model):
+        frames = model.generate(**prompt, **GREEDY, max_new_tokens=3)
+    assert frames.shape[1] == 3
+    hidden = torch.randn(5, model.config.hidden_size, device=device)
+    codes = torch.randint(model.config.vocab_size, (5, model.config.num_codebooks - 1), device=device)
+    engine = model.acceleration._engine
+    ours = depth_logits(hidden, codes, engine._fused.weights.depth)
+    theirs = Passes(twin, False, Metrics()).codebook_logits(hidden, codes)
+    assert sqnr_db(ours.detach(), theirs.detach()) > 30
+    made, state = frames[:, -1], engine.runner(1).state
+    runner = engine.runner(1)
+    state.rewind()
+    state.allowed.zero_()
+    state.codes.copy_(made)
+    runner.frame.advance()
+    x = twin.backbone_model.embed_tokens(made[:, None])
+    wanted = twin.backbone_model(inputs_embeds=x).last_hidden_state[:, -1]
+    assert sqnr_db(state.hidden, wanted.detach()) > 30
+
+
+@pytest.mark.parametrize(
+    ("rules", "words"),
+    [
+        ((("depth.head.1", "int8"),), "the depth decoder's heads are in 2 formats, and they read one"),
+        ((("backbone.embedding", "int4"),), "zone 'backbone.embedding' is stored in int4"),
+    ],
+)
+def test_formats_the_kernels_do_not_read(rules: Any, words: str) -> None:
+    model = build("base")
+    with pytest.raises(ValueError, match=words):
+        accelerate(model, mode="kernels", max_positions=48, progress=False, precision=PrecisionPolicy(rules))
+    assert "acceleration" not in model.__dict__
