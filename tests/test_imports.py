@@ -116,7 +116,7 @@ def test_only_adapters_and_what_stands_on_accelerate_know_transformers() -> None
             assert path.parent.name == "adapters" or path.name in on_top, path
 
 
-@pytest.mark.parametrize("name", ["metrics.py", "report.py", "precision.py", "adapters/spec.py"])
+@pytest.mark.parametrize("name", ["metrics.py", "report.py", "precision.py", "fidelity.py", "adapters/spec.py"])
 def test_leaves_import_nothing_of_ours(name: str) -> None:
     assert not roots(imports(RUNTIME / name)) & {"csm_runtime", "csm_kernels"}
 
