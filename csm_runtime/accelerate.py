@@ -18,6 +18,7 @@ from csm_runtime import compiling, hugepages, ladder
 from csm_runtime.adapters import hf, hf_call
 from csm_runtime.adapters.hf_passes import Passes
 from csm_runtime.checks import Checks
+from csm_runtime.codec import CodecPath, cut_at_end
 from csm_runtime.decode_loop import DecodeLoop
 from csm_runtime.engine import BUCKETS, Engine, bucket_for
 from csm_runtime.events import GuardEvent
@@ -169,6 +170,8 @@ class Acceleration:
         self.metrics = Metrics()
         self.guard = Guard(guard, self.metrics)
         self._seats: dict[str, Seat] = {}
+        self._codec: CodecPath | None = None
+        self._codec_faults: list[str] = []
         self.notes: list[str] = []
         self._engine = self._build_engine()
 
@@ -217,7 +220,9 @@ class Acceleration:
             mode=engine.mode,
             policy=self.policy.name,
             zones=zone_table(packed, self._weights, (engine.kv_dtype, engine.kv_bytes()), hf.codec_size(self._model)),
-            copied_bytes=self._weights.copied_bytes() + engine.fused_bytes(),
+            copied_bytes=self._weights.copied_bytes()
+            + engine.fused_bytes()
+            + (self._codec.bytes() if self._codec else 0),
             kv_bytes=engine.kv_bytes(),
             capacity=engine.capacity,
             batch_sizes=sorted(self._warm),
@@ -493,13 +498,16 @@ class Acceleration:
 
     def _distrust(self, breach: Breach, frame: int, rows: int, evidence: dict[str, Tensor]) -> None:
         """Take the next rung; the frames before ``frame`` stay."""
-        engine, rung = self._engine, self.guard.rung
-        lower = ladder.below(rung, breach, engine, self.policy, self._dropped)
-        event = GuardEvent(
+        lower = ladder.below(self.guard.rung, breach, self._engine, self.policy, self._dropped)
+        self.guard.step_down(breach, lower, self._event(breach, frame, rows, lower, evidence))
+
+    def _event(self, breach: Breach, frame: int, rows: int, lower: str, evidence: dict[str, Tensor]) -> GuardEvent:
+        engine = self._engine
+        return GuardEvent(
             kind=breach.kind,
             reason=breach.reason,
             frame=frame,
-            rung=rung,
+            rung=self.guard.rung,
             next_rung=lower,
             suspect=breach.suspect,
             mode=engine.mode,
@@ -510,7 +518,30 @@ class Acceleration:
             findings=[asdict(finding) for finding in breach.findings],
             tensors=evidence,
         )
-        self.guard.step_down(breach, lower, event)
+
+    def _sound(self, sequences: Tensor) -> list[Tensor]:
+        """The samples of each row of ``[N, frames, codebooks]``, up to the end of its speech, as the stock loop makes them."""
+        model = self._model
+        rows = cut_at_end(sequences, model.config.codebook_eos_token_id)
+        fmt = self.policy.format_of("codec") if self.guard.codec_trusted else "keep"
+        if self._codec is None or self._codec.codec is not model.codec_model:
+            self._codec = CodecPath(model.codec_model, fmt, on_fault=self._codec_faults.append)
+        if self._codec.format != fmt:
+            self._codec.use(format=fmt)
+        self._codec_faults.clear()
+        try:
+            return self._codec.decode(rows)
+        finally:
+            for what in self._codec_faults:
+                self._codec_fault(what, sequences)
+
+    def _codec_fault(self, what: str, sequences: Tensor) -> None:
+        """The codec's fast path failed: the stock codec has the next word, and every later one until rearm()."""
+        if self.metrics.fault(what):
+            logger.warning("the fast codec path failed, the stock codec goes on: %s", what)
+        breach = Breach(what, "codec", 0)
+        event = self._event(breach, 0, len(sequences), self.guard.rung, {"sequences": sequences.detach().cpu()})
+        self.guard.distrust_codec(breach, event)
 
     def _check_room(self, request: hf_call.Request) -> None:
         """Whether rows and positions fit. Raises ValueError or :class:`~csm_runtime.adapters.hf_call.Unsupported`."""

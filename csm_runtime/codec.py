@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from csm_runtime.weights import _fingerprint
+from csm_runtime.weights import DTYPES, fingerprint
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FORMATS = ("keep", *_DTYPES)
+FORMATS = ("keep", *DTYPES)
 
 _ENCODING_ONLY = ("encoder", "encoder_transformer", "downsample")
 _WASTE = 1.25
@@ -64,7 +63,7 @@ class CodecPath:
         batch_frames: int = 0,
         on_fault: Callable[[str], None] | None = None,
     ) -> None:
-        self._codec: Any = codec
+        self.codec: Any = codec
         self._report = on_fault or (lambda what: None)
         self._copy: Any = None
         self._mark: Tensor | None = None
@@ -87,10 +86,10 @@ class CodecPath:
             raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
         if batch_frames is not None and batch_frames < 0:
             raise ValueError(f"batch_frames must be at least 0, got {batch_frames}")
-        if (format not in (None, "keep") or batch_frames) and not _causal_mimi(self._codec):
+        if (format not in (None, "keep") or batch_frames) and not _causal_mimi(self.codec):
             raise ValueError(
                 f"format and batch_frames must be 'keep' and 0 for a codec that is no causal Mimi, got {format!r} and"
-                f" {batch_frames!r} for {type(self._codec).__name__}"
+                f" {batch_frames!r} for {type(self.codec).__name__}"
             )
         if format is not None:
             self.format = format
@@ -101,7 +100,7 @@ class CodecPath:
     @property
     def dtype(self) -> torch.dtype:
         """Of the samples."""
-        return torch.float32 if self.format == "fp32" else self._codec.dtype
+        return torch.float32 if self.format == "fp32" else self.codec.dtype
 
     def bytes(self) -> int:
         """Bytes held over and above the stock codec: its converted copy, once there is one."""
@@ -139,7 +138,7 @@ class CodecPath:
     # -------------------------------------------------------------------------------------------------- stock codec
 
     def _check_codes(self, rows: Sequence[Tensor]) -> None:
-        size = self._codec.config.codebook_size
+        size = self.codec.config.codebook_size
         if not rows or bool(((flat := torch.cat([row.flatten() for row in rows])) >= 0).logical_and(flat < size).all()):
             return
         for i, row in enumerate(rows):
@@ -154,13 +153,13 @@ class CodecPath:
     def _stock(self, row: Tensor, number: int) -> Tensor:
         """One row as the stock loop decodes it. Its exceptions are no fault of the codes: tried once more, then named."""
         if not len(row):
-            return _call(self._codec, row.unsqueeze(0))[0]
+            return _call(self.codec, row.unsqueeze(0))[0]
         try:
-            return _call(self._codec, row.unsqueeze(0))[0]
+            return _call(self.codec, row.unsqueeze(0))[0]
         except Exception as error:
             self._report(f"the stock codec failed on row {number}: {_said(error)}")
         try:
-            return _call(self._codec, row.unsqueeze(0))[0]
+            return _call(self.codec, row.unsqueeze(0))[0]
         except Exception as error:
             raise RuntimeError(
                 f"the codec failed twice on the {len(row)} frames of row {number} ({_said(error)}); the codes are intact:"
@@ -170,7 +169,7 @@ class CodecPath:
     # -------------------------------------------------------------------------------------------------- faster ways
 
     def _converts(self) -> bool:
-        return self.format != "keep" and _DTYPES[self.format] != self._codec.dtype
+        return self.format != "keep" and DTYPES[self.format] != self.codec.dtype
 
     def _groups(self, rows: Sequence[Tensor]) -> list[list[int]]:
         """Which rows share a call: of similar length, and not more frames than ``batch_frames``. Empty rows share none."""
@@ -191,14 +190,14 @@ class CodecPath:
         """The rows in one call, or None and a report where its samples are not to be trusted."""
         lengths, converts = [len(row) for row in rows], self._converts()
         try:
-            codec = self._refreshed() if converts else self._codec
+            codec = self._refreshed() if converts else self.codec
             padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
             with torch.autocast(padded.device.type, enabled=False) if converts else contextlib.nullcontext():
                 made = _call(codec, padded)
-            wanted = padded.shape[1] * _frame_samples(self._codec)
+            wanted = padded.shape[1] * _frame_samples(self.codec)
             if made.shape != (len(rows), wanted):
                 raise RuntimeError(f"{tuple(made.shape)} samples instead of {(len(rows), wanted)}")
-            sounds = [wave[: n * _frame_samples(self._codec)] for wave, n in zip(made, lengths)]
+            sounds = [wave[: n * _frame_samples(self.codec)] for wave, n in zip(made, lengths)]
             broken = sum(int((~sound.isfinite()).sum()) for sound in sounds)
             if broken:
                 raise RuntimeError(f"{broken} samples that are not finite")
@@ -211,11 +210,11 @@ class CodecPath:
 
     def _refreshed(self) -> Any:
         """The converted codec, made again where the stock weights have changed."""
-        mark = torch.cat([_fingerprint(x) for x in _decoding_tensors(self._codec)])
+        mark = torch.cat([fingerprint(x) for x in _decoding_tensors(self.codec)])
         if self._mark is None or self._mark.device != mark.device or not torch.equal(self._mark, mark):
             self._copy = self._mark = None
             with torch.inference_mode(False):
-                self._copy = _converted(self._codec, _DTYPES[self.format])
+                self._copy = _converted(self.codec, DTYPES[self.format])
             self._mark = mark
         return self._copy
 

@@ -84,8 +84,12 @@ class FastGenerate:
             depth_config = model.depth_decoder.generation_config
             before = dict(vars(depth_config))
             handle._busy = True
+            loop = self._loop(seeds, arguments.get("streamer"))
             try:
-                return stock(model, *args, custom_generate=self._loop(seeds, arguments.get("streamer")), **kwargs)
+                if not arguments.get("output_audio"):
+                    return stock(model, *args, custom_generate=loop, **kwargs)
+                made = stock(model, **{**arguments, "output_audio": False}, custom_generate=loop)
+                return hf_call.with_audio(made, handle._sound)
             except ValueError:
                 # The stock generate writes depth_decoder_* arguments into the model's own config before it checks them.
                 vars(depth_config).clear()

@@ -267,7 +267,7 @@ class Breach:
 
     reason: str
     kind: str
-    """``verification``, ``calibration``, ``frame`` (the checks of every frame), ``memory`` or ``exception``."""
+    """``verification``, ``calibration``, ``frame`` (the checks of every frame), ``memory``, ``codec`` or ``exception``."""
     first_bad: int
     """The first frame that is not to be trusted."""
     suspect: str | None = None
@@ -305,6 +305,7 @@ class Guard:
             eagerly), ``kept depth`` or ``kept backbone`` (its weights as the stock model has them), ``eager`` (all of that)
             or ``stock``.
         reason: why it is not ``fast``.
+        codec_trusted: whether sound may be decoded in another way than by the stock codec, row by row.
     """
 
     def __init__(self, config: GuardConfig, metrics: Metrics) -> None:
@@ -312,6 +313,7 @@ class Guard:
         self.floors: dict[str, Floors] = {}
         self.events: deque[GuardEvent] = deque(maxlen=config.events)
         self.rung, self.reason = FAST, ""
+        self.codec_trusted = True
         self._fallback = config.fallback
         self._healthy, self._climbed = 0, False
         self._purses: dict[str, _Purse] = {}
@@ -331,6 +333,7 @@ class Guard:
     def rearm(self) -> None:
         """Trust the fast path again: calls start on it, and its evidence starts from nothing."""
         self.rung, self.reason = FAST, ""
+        self.codec_trusted = True
         self._healthy, self._climbed = 0, False
         self._tests.clear()
 
@@ -360,6 +363,29 @@ class Guard:
         Raises:
             Interrupted: ``fallback`` is ``"forbid"``.
         """
+        self._record(breach, event)
+        if rung != self.rung:
+            self._metrics.count(f"guard.rung.{rung}")
+            logger.warning(
+                "the guard goes from rung %r to %r at frame %d: %s; model.acceleration.guard.rearm() goes back",
+                self.rung,
+                rung,
+                breach.first_bad,
+                breach.reason,
+            )
+        self.rung, self.reason, self._healthy = rung, breach.reason, 0
+
+    def distrust_codec(self, breach: Breach, event: GuardEvent) -> None:
+        """Leave decoding to the stock codec until :meth:`rearm`.
+
+        Raises:
+            Interrupted: as :meth:`step_down`.
+        """
+        self.codec_trusted = False
+        self._record(breach, event)
+
+    def _record(self, breach: Breach, event: GuardEvent) -> None:
+        """Count and keep an incident; raise where fallback is forbidden."""
         self._metrics.count("guard.breaches")
         self._metrics.count(f"guard.breaches.{breach.kind}")
         self.events.append(event)
@@ -375,16 +401,6 @@ class Guard:
                 f'{breach.reason} (frame {breach.first_bad}, rung {self.rung!r}); guard.fallback is "forbid", set it to '
                 '"ladder" to go on by a safer path'
             )
-        if rung != self.rung:
-            self._metrics.count(f"guard.rung.{rung}")
-            logger.warning(
-                "the guard goes from rung %r to %r at frame %d: %s; model.acceleration.guard.rearm() goes back",
-                self.rung,
-                rung,
-                breach.first_bad,
-                breach.reason,
-            )
-        self.rung, self.reason, self._healthy = rung, breach.reason, 0
 
     def status(self) -> dict[str, Any]:
         """Rung, reason, counts and limits as plain data."""
@@ -392,6 +408,7 @@ class Guard:
         return {
             "rung": self.rung,
             "reason": self.reason,
+            "codec_trusted": self.codec_trusted,
             "fallback": self._fallback,
             "verify": self.config.verify,
             "budget": self.config.budget,

@@ -122,7 +122,7 @@ def _named_sources(weights: ModelWeights) -> dict[str, tuple[str, Tensor]]:
     return out
 
 
-def _fingerprint(source: Tensor) -> Tensor:
+def fingerprint(source: Tensor) -> Tensor:
     """A bit pattern that changes with any change of a weight, ``[n]`` int64.
 
     Exact integer sums of the raw 64-bit words in blocks of 64, the block sums of 32 kB then added with odd weights; what
@@ -145,7 +145,7 @@ def _fingerprint(source: Tensor) -> Tensor:
 def fingerprints(packed: Packed) -> Tensor:
     """One pattern for everything the fused kernels hold a copy of, ``[n]`` int64; the backbone's embedding is not."""
     others = packed._replace(backbone_embedding=packed.backbone.norm)
-    return torch.cat([_fingerprint(leaf) for leaf in tree_leaves(others) if isinstance(leaf, Tensor)])
+    return torch.cat([fingerprint(leaf) for leaf in tree_leaves(others) if isinstance(leaf, Tensor)])
 
 
 def _same(old: Tensor | None, new: Tensor) -> bool:
@@ -154,8 +154,8 @@ def _same(old: Tensor | None, new: Tensor) -> bool:
 
 def _checksum(packed: Tensor | QuantWeight) -> Tensor:
     if isinstance(packed, QuantWeight):
-        return torch.cat([_fingerprint(packed.data), _fingerprint(packed.scale)])
-    return _fingerprint(packed)
+        return torch.cat([fingerprint(packed.data), fingerprint(packed.scale)])
+    return fingerprint(packed)
 
 
 class Energy(NamedTuple):
@@ -281,7 +281,7 @@ class PackedWeights:
         if not live.is_meta and (fmt == "keep" or DTYPES.get(fmt) == live.dtype):
             self._copies.pop(name, None)
             return live
-        return self._copied(name, fmt, (zone,), None if live.is_meta else _fingerprint(live), lambda: live, stale)
+        return self._copied(name, fmt, (zone,), None if live.is_meta else fingerprint(live), lambda: live, stale)
 
     def _bind_depth_embedding(self, weights: ModelWeights, stale: list[str]) -> Tensor | QuantWeight:
         """The backbone's copy where the model has one table for both and the policy one format."""
@@ -296,7 +296,7 @@ class PackedWeights:
     def _bind_heads(self, live: Tensor, stale: list[str]) -> DepthHeads:
         """The heads ``[codebooks - 1, D, V]`` by format, always copies; one that changes repacks them all."""
         banks = {f"depth.head.{spans(books)}": books for books in head_banks(self.policy, len(live) + 1).values()}
-        mark = None if live.is_meta else _fingerprint(live)
+        mark = None if live.is_meta else fingerprint(live)
         for name in [name for name in self._copies if name.startswith("depth.head.") and name not in banks]:
             del self._copies[name]
         packed = []

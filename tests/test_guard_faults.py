@@ -12,7 +12,7 @@ from csm_models import Recorder, assert_same_puts, build, int8_twin, stock, teac
 from torch import Tensor
 
 from csm_kernels.quant import QuantWeight
-from csm_runtime import accelerate, weights
+from csm_runtime import PrecisionPolicy, accelerate, weights
 from csm_runtime.engine import Engine
 from csm_runtime.guard import BLOCK, GuardConfig, Interrupted
 
@@ -422,6 +422,41 @@ def test_a_batch_with_rows_that_have_ended() -> None:
     row = ends.index(min(ends))
     assert torch.equal(got[row], healthy[row, : got.shape[1]])
     assert (got[row, ends[row] + 1 :] == model.config.codebook_pad_token_id).all()
+
+
+@pytest.mark.parametrize("kind", ["exception", "NaN"])
+def test_a_fault_in_the_codec(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """The frames are made; their sound comes from the stock codec, row by row, in the precision asked for."""
+    from csm_runtime import codec
+
+    policy = PrecisionPolicy((("codec", "fp32"),), "fp32 sound")
+    model = guarded(build(dtype=torch.bfloat16), precision=policy)
+    wanted = stock(model, **PROMPT, **GREEDY, max_new_tokens=8, output_audio=True)
+    call = codec._call
+
+    def broken(module: Any, codes: Tensor) -> Tensor:
+        if module is model.codec_model:
+            return call(module, codes)
+        if kind == "exception":
+            raise RuntimeError("injected")
+        return call(module, codes) * float("nan")
+
+    monkeypatch.setattr(codec, "_call", broken)
+    (sound,) = model.generate(**PROMPT, **GREEDY, max_new_tokens=8, output_audio=True)
+    assert sound.dtype == torch.float32
+    assert torch.equal(sound, wanted[0].float())
+    event = only_event(model)
+    assert event.kind == "codec"
+    assert event.tensors["sequences"].shape == (1, 8, 4)
+    guard = model.acceleration.guard
+    assert (guard.rung, guard.codec_trusted) == ("fast", False)
+    model.generate(**PROMPT, **GREEDY, max_new_tokens=8, output_audio=True)
+    assert len(guard.events) == 1, "later calls take the stock codec"
+    monkeypatch.undo()
+    guard.rearm()
+    (again,) = model.generate(**PROMPT, **GREEDY, max_new_tokens=8, output_audio=True)
+    assert not torch.equal(again, sound), "fp32 throughout, not bf16 widened"
+    assert torch.allclose(again, sound, atol=0.05 * float(sound.abs().max()))
 
 
 # ------------------------------------------------------------------------------------------- the guard's own conduct

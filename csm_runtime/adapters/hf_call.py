@@ -226,6 +226,18 @@ def output(request: Request, sequences: Tensor) -> Any:
     return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=request.output_cache)
 
 
+def with_audio(made: Any, sound: Callable[[Tensor], list[Tensor]]) -> Any:
+    """What the stock ``generate`` returns with ``output_audio=True``, from what it returned without.
+
+    Args:
+        made: sequences, or an output that holds them.
+        sound: from ``[N, frames, codebooks]`` to the samples of each row.
+    """
+    if isinstance(made, Tensor):
+        return sound(made)
+    return type(made)(**{**made, "audio": sound(made.sequences)})
+
+
 class _Remaining:
     """The caller's streamer for the rest of an utterance: the prompt was put already, and ended rows get pads."""
 
