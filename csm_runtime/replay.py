@@ -196,14 +196,19 @@ def redraw(
     last = torch.where(whole, vocab, params.top_k.clamp(1, vocab))[:, None, None].expand(-1, books, 1) - 1
     limit = ranked.gather(-1, last)
     mass = torch.softmax(ranked.masked_fill(ranked < limit, float("-inf")), dim=-1)
-    reached = mass.cumsum(-1) - mass
+    sums = mass.cumsum(-1)
+    reached = sums - mass
     share = torch.where(whole | (params.top_p >= 1.0), 2.0, params.top_p)[:, None, None]
     # Logits that are off by the tolerance shift a share of mass by at most this factor.
     slack = torch.expm1(2.0 * room).clamp(max=1.0)
-    kept = ((reached < share).sum(-1, keepdim=True)).clamp(min=1)
-    sure = ((reached < share - slack).sum(-1, keepdim=True)).clamp(min=1)
-    loose = ((reached < share + slack).sum(-1, keepdim=True)).clamp(min=1)
-    least, least_sure, least_loose = (torch.maximum(limit, ranked.gather(-1, n - 1)) for n in (kept, sure, loose))
+    # Tokens that these logits cannot tell from one that is better count as better than it: what is kept even so is kept
+    # by any logits within the tolerance.
+    ahead = torch.searchsorted((-ranked).contiguous(), (2.0 * room - ranked).contiguous(), right=True)
+    sure = (ahead <= last + 1) & (sums.gather(-1, ahead - 1) - mass < share - slack)
+    kept, loose = ((reached < top).sum(-1, keepdim=True).clamp(min=1) for top in (share, share + slack))
+    least, least_loose = (torch.maximum(limit, ranked.gather(-1, n - 1)) for n in (kept, loose))
+    # Where nothing is sure no score is above the floor.
+    least_sure = torch.where(sure, ranked, float("inf")).amin(-1, keepdim=True)
     raced = scores + noise
 
     def best(floor: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,7 +218,7 @@ def redraw(
     _, drawn = best(least)
     drawn = torch.where(params.do_sample[:, None], drawn, logits.argmax(-1))
     same = drawn == codes
-    certain, _ = best(torch.minimum(least_sure + room, ranked[..., :1]))
+    certain, _ = best(least_sure)
     place = codes.clamp(0, vocab - 1)[..., None]
     lost_race = certain[..., None] - raced.gather(-1, place)
     outside = least_loose - scores.gather(-1, place)
