@@ -56,8 +56,9 @@ def accelerate(
 
     Args:
         model: transformers' ``CsmForConditionalGeneration``, in fp32, bf16 or fp16.
-        precision: ``"stock"`` keeps every weight in its own dtype; ``"int8"`` stores the matrices of the backbone and
-            the depth decoder in int8 with one scale per row, codebook 0's head excepted; or a
+        precision: ``"stock"`` (or ``"exact"``) keeps every weight in its own dtype; ``"balanced"`` stores the depth decoder
+            in int8, ``"int8"`` (or ``"fast"``) the backbone as well, ``"smallest"`` the MLPs in int4 and the embeddings in
+            int8 besides, codebook 0's head always excepted (docs/precision.md has what they cost); or a
             :class:`~csm_runtime.PrecisionPolicy`.
         max_positions: positions (prompt and frames) the KV buffer holds per row. Default: what the model was made for,
             at most 4096. A call that needs more than a value given here is an error; one that needs more than the
@@ -67,8 +68,8 @@ def accelerate(
         mode: ``"auto"`` (``"compile"`` on a CPU, ``"graph"`` on CUDA), ``"compile"``, ``"graph"`` (the fused kernels, a
             CUDA graph per frame), ``"kernels"`` (the fused kernels, launched one by one), ``"library"`` (a CUDA graph of
             PyTorch's own ops) or ``"eager"``.
-        drop_originals: free the stock copies of matrices that are stored in int8. The stock modules then compute from
-            the int8 copies; ``restore()`` and saving the model are no longer possible.
+        drop_originals: free the stock copies of what is stored in int8, fp8 or int4, but for the depth decoder's embedding.
+            The stock modules then compute from the quantised copies; ``restore()`` and saving the model are no longer possible.
         progress: show progress bars on stderr.
         guard: True verifies one frame in 16 against the stock model within 3 % of the time and goes to a safer path where
             frames fail; False leaves only the checks of every frame and the fallback. A
@@ -300,7 +301,7 @@ class Acceleration:
             rotary = hf.rotary_tables(self._model, capacity)
             kv_dtype = DTYPES.get(self.policy.format_of("kv"))
             engine = Engine(self._spec, rotary, dtype, device, capacity, self._wanted_mode, self.metrics, kv_dtype)
-        # A stock layer whose weights were dropped computes from int8 in a way that is not worth compiling.
+        # A stock layer whose weights were dropped computes from its copies in a way that is not worth compiling.
         compiled = engine.mode not in ("eager", "kernels") and not self._dropped
         self._passes = Passes(self._model, compiled, self.metrics)
         self._note_unfused(engine)

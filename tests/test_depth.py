@@ -155,6 +155,10 @@ def test_bad_shapes_are_named() -> None:
         ({"shape": spec._replace(ffn=spec.ffn + 1)}, r"layers\[0\].gate.weight must be"),
         ({"heads": weights.depth_heads}, "heads must be"),
         ({"embedding": weights.depth_embedding[:-1]}, "embedding must be"),
+        (
+            {"embedding": quantize(weights.depth_embedding, "int8"), "table": False},
+            "embedding must be fp32, bf16 or fp16 without a table, got int8",
+        ),
         ({"cos": packed.stack.cos[:1], "sin": packed.stack.sin[:1]}, "cos and sin must have"),
         ({"cos": packed.stack.cos[:, :-2]}, "cos and sin must be"),
     ):

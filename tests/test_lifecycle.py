@@ -29,7 +29,7 @@ from torch import nn
 
 from csm_kernels.quant import QuantWeight
 from csm_runtime import PrecisionPolicy, accelerate
-from csm_runtime.weights import _fingerprint
+from csm_runtime.weights import fingerprint
 
 GREEDY = {"do_sample": False, "depth_decoder_do_sample": False, "max_new_tokens": 4}
 PROMPT = text_prompt((5, 8))
@@ -325,13 +325,13 @@ def test_small_changes_move_the_fingerprint(dtype: torch.dtype, width: int) -> N
     """One element changed by one part in a hundred, anywhere, is seen."""
     generator = torch.Generator().manual_seed(width)
     weight = (0.02 * torch.randn(8, width, generator=generator)).to(dtype)
-    mark = _fingerprint(weight)
-    assert torch.equal(mark, _fingerprint(weight.clone()))
+    mark = fingerprint(weight)
+    assert torch.equal(mark, fingerprint(weight.clone()))
     missed = []
     for column in range(width):
         changed = weight.clone()
         changed[3, column] *= 1.01 if dtype == torch.float32 else 1.0 + 2.0**-6
-        if not torch.equal(changed, weight) and torch.equal(_fingerprint(changed), mark):
+        if not torch.equal(changed, weight) and torch.equal(fingerprint(changed), mark):
             missed.append(column)
     assert not missed, f"{len(missed)} of {width} columns, the first {missed[:5]}"
 

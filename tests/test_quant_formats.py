@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from csm_kernels.gemv import gemv, gemv_library, gemv_ref, gemv_streamed, gemv_swiglu, gemv_swiglu_ref
-from csm_kernels.quant import FORMATS, GROUPS, QuantWeight, dequantize, format_of, quantize, quantize_int8
+from csm_kernels.gemv import gemv, gemv_library, gemv_ref, gemv_streamed, gemv_swiglu, gemv_swiglu_ref, gemv_widened
+from csm_kernels.quant import FORMATS, GROUPS, QuantWeight, dequantize, format_of, quantize, quantize_int8, take_rows
 from csm_kernels.testing import assert_close, sqnr_db
 
 ALL = ("int8", "fp8", *(("int4", group, symmetric) for group in GROUPS for symmetric in (True, False)))
@@ -249,7 +249,7 @@ def test_every_product_reads_every_format(form: Any, rows: int) -> None:
     bias, residual, norm_weight = normal(33, seed=4), normal(rows, 33, seed=5), normal(200, seed=6) + 1
     truth = x.double() @ dequantize(weight).double().t()
     eager = x @ dequantize(weight).t()
-    for op in (gemv, gemv_ref, gemv_streamed, gemv_library):
+    for op in (gemv, gemv_ref, gemv_streamed, gemv_library, gemv_widened):
         assert_close(op(x, weight, bias), truth + bias, eager + bias, name=op.__name__, terms=200)
     unit = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * norm_weight
     wanted = unit.double() @ dequantize(weight).double().t() + bias + residual
@@ -261,3 +261,34 @@ def test_every_product_reads_every_format(form: Any, rows: int) -> None:
         eager = unit @ dequantize(weight).t()
         silu = torch.nn.functional.silu
         assert_close(op(x, weight, weight, norm_weight, 1e-5), silu(gate) * gate, silu(eager) * eager, terms=200)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_widened_products_round_no_activation(dtype: torch.dtype) -> None:
+    x, weight = 1e6 * normal(2, 200, seed=3), normal(33, 200).to(dtype)
+    torch.testing.assert_close(gemv_widened(x, weight), x @ weight.float().t())
+    assert not torch.allclose(gemv_library(x, weight), x @ weight.float().t(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 16])
+@pytest.mark.parametrize("form", [form for form in ALL if not isinstance(form, str)], ids=str)
+@pytest.mark.parametrize(("height", "width"), [(1, 31), (2, 128), (33, 200), (64, 999), (3, 4097)])
+def test_streamed_int4_of_any_shape(form: Any, height: int, width: int, rows: int) -> None:
+    x, weight = normal(rows, width, seed=3), packed(normal(height, width) + 0.01, form)
+    truth = x.double() @ dequantize(weight).double().t()
+    assert_close(gemv_streamed(x, weight), truth, x @ dequantize(weight).t(), name="gemv_streamed", terms=width)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ALL, ids=str)
+@pytest.mark.parametrize("rows", [1, 4])
+def test_compiled_streams_of_every_format(form: Any, rows: int) -> None:
+    """A head taken out of a stack by a tensor, as the depth step does it."""
+    x, stack, row = normal(rows, 200, seed=3), packed(normal(3, 33, 200), form), torch.tensor([2])
+
+    def product(x: Tensor, stack: QuantWeight, row: Tensor) -> Tensor:
+        return gemv_streamed(x, take_rows(take_rows(stack, row), 0))
+
+    compiled = torch.compile(product, fullgraph=True, dynamic=False)
+    wide = dequantize(stack)[2]
+    assert_close(compiled(x, stack, row), x.double() @ wide.double().t(), x @ wide.t(), terms=200)

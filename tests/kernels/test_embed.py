@@ -9,6 +9,7 @@ from torch import Tensor
 from csm_kernels import embed
 from csm_kernels._tiles import override_tiles
 from csm_kernels.embed import embed_frame, embed_frame_ref, embed_tokens_ref
+from csm_kernels.quant import dequantize, quantize
 from csm_kernels.testing import assert_close, assert_untouched, guarded
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -258,3 +259,18 @@ MASK = torch.ones(2, 4, dtype=torch.bool)
 def test_bad_arguments(device: torch.device, args: tuple[object, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         embed_frame(*(a.to(device) if isinstance(a, Tensor) else a for a in args))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("fmt", ["int8", "fp8"])
+@pytest.mark.parametrize(("books", "vocab", "width"), [(32, 67, 256), (3, 2, 257), (33, 7, 63)])
+def test_a_quantised_table(device: torch.device, books: int, vocab: int, width: int, fmt: str) -> None:
+    """As the fused frame launches it, against the reference on what the table stands for; one code is out of range."""
+    given = Inputs(device, books, vocab, width, torch.float32)
+    table = quantize(given.table * torch.rand(books * vocab, 1, device=device), fmt)
+    out = torch.full((3, width), float("nan"), device=device)
+    embed.launch_embed(given.codes, table, vocab, None, None, None, out)
+    torch.testing.assert_close(out, embed_frame_ref(given.codes, dequantize(table), vocab), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(embed_frame_ref(given.codes, table, vocab), out, rtol=1e-5, atol=1e-5)
+    given.codes[1, -1] = vocab
+    embed.launch_embed(given.codes, table, vocab, None, None, None, out)
+    assert torch.isnan(out[1]).all() and torch.isfinite(out[[0, 2]]).all()
