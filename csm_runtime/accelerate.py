@@ -404,7 +404,8 @@ class Acceleration:
 
     def _calibrate(self, rung: str, seat: Seat, size: int) -> None:
         """Find the guard's limits on a rung. Frames that are not sound are a breach; a check that fails is none."""
-        start = time.perf_counter()
+        start, metrics = time.perf_counter(), seat.engine.metrics
+        seat.engine.metrics = Metrics()  # frames that nobody asked for
         try:
             self.guard.set_floors(rung, ladder.calibrate(self._model, seat, size, self._dropped))
         except ArithmeticError as error:
@@ -417,6 +418,8 @@ class Acceleration:
             logger.warning(note, exc_info=True)
             self.metrics.fault(note)
             self.guard.config = replace(self.guard.config, verify=False)
+        finally:
+            seat.engine.metrics = metrics
         self.metrics.setup_seconds[f"calibrate.{rung}"] = time.perf_counter() - start
 
     def _why_stock(self, arguments: dict[str, Any]) -> str | None:

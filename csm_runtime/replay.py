@@ -63,9 +63,10 @@ class Replay:
             ``[n, codebooks - 1, depth_vocab]`` fp32.
         """
         spec, (_, tables) = self._spec, self._rotary
-        fed = codes[:, :-1].clamp(0, spec.depth_vocab - 1)
-        offsets = torch.arange(spec.codebooks - 1, device=codes.device) * spec.depth_vocab
-        x = torch.cat([hidden.float()[:, None], dequantize(take_rows(packed.depth_embedding, fed + offsets))], dim=1)
+        # Codebook 0 may have more tokens than the others: it then reads rows of the next one, as in the stock model.
+        fed = codes[:, :-1] + torch.arange(spec.codebooks - 1, device=codes.device) * spec.depth_vocab
+        fed = fed.clamp(0, spec.codebooks * spec.depth_vocab - 1)
+        x = torch.cat([hidden.float()[:, None], dequantize(take_rows(packed.depth_embedding, fed))], dim=1)
         x = _product(x, packed.depth_projection)
         causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
         cos, sin = (table[: x.shape[1]] for table in tables)
