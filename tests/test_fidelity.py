@@ -89,6 +89,8 @@ def test_kl_ignores_an_offset_and_is_never_negative() -> None:
     got = fidelity.kl_divergence(p, p.double() + 7)
     assert (got >= 0).all()
     assert got.max() < 1e-12
+    nearly = fidelity.kl_divergence(p, p.double() + 1e-9 * normal(200, 51, seed=1).double())
+    assert (nearly >= 0).all(), "1e-18, which rounding hides"
     huge = fidelity.kl_divergence(torch.tensor([3e38, 0.0, -3e38]), torch.tensor([3e38, -3e38, 0.0]))
     assert huge == 0
 
