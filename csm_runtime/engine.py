@@ -417,7 +417,7 @@ class Engine:
             state.hidden[:rows].clone(),
             state.codes[:rows].clone(),
             first[:rows].clone(),
-            others[:, :rows].transpose(0, 1).contiguous(),
+            others[:, :rows].transpose(0, 1).clone(memory_format=torch.contiguous_format),
         )
 
     def prepare(self, rows: int) -> _Runner:
