@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,9 @@ def build(size: str, dtype: torch.dtype) -> Any:
 class Variant:
     """One way of running the model, and what its runs measured."""
 
-    def __init__(self, name: str, model: Any) -> None:
-        self.name, self.model = name, model
+    def __init__(self, name: str, model: Any, verify: bool = True) -> None:
+        self.name, self.model, self.verify = name, model, verify
+        self.checking: list[float] = []
         self.prefill: list[float] = []
         self.frames: list[float] = []
         self.depth: list[float] = []
@@ -80,7 +82,9 @@ class Variant:
         clock = FrameClock()
         accelerated = hasattr(self.model, "acceleration")
         if accelerated:
-            self.model.acceleration.metrics.reset_times()
+            metrics, guard = self.model.acceleration.metrics, self.model.acceleration.guard
+            guard.config = replace(guard.config, verify=self.verify)
+            metrics.reset_times()
         depth = [] if accelerated else _time_depth(self.model)
         self.codes = self.model.generate(
             ids, max_new_tokens=frames, do_sample=False, depth_decoder_do_sample=False, streamer=clock
@@ -89,8 +93,9 @@ class Variant:
         each = [b - a for a, b in zip(clock.seconds, clock.seconds[1:])]
         self.frames += each
         if accelerated:
-            self.depth += self.model.acceleration.metrics.times("depth")[1:]
-            self.backbone += self.model.acceleration.metrics.times("backbone")
+            self.depth += metrics.times("depth")[1:]
+            self.backbone += metrics.times("backbone")
+            self.checking += metrics.times("guard")
         else:
             self.depth += depth[1:]
             self.backbone += [whole - part for whole, part in zip(each, depth[1:])]
@@ -171,8 +176,22 @@ def summary(variant: Variant, stock: Variant, bandwidth: float) -> dict[str, Any
             "copied_bytes": report.copied_bytes,
             "kv_bytes": report.kv_bytes,
             "notes": report.notes,
+            "guard": guarded(variant, report.guard),
         }
     return row
+
+
+def guarded(variant: Variant, guard: dict[str, Any]) -> dict[str, Any]:
+    """What verification took of the time, and what it saw."""
+    floors = guard["floors"].get("fast", {"seconds": {}})
+    return {
+        "verify": variant.verify,
+        "budget": guard["budget"],
+        "share_of_time": sum(variant.checking) / sum(variant.frames),
+        "check_ms": {name: seconds * 1e3 for name, seconds in floors["seconds"].items()},
+        "counters_of_all_runs": guard["counters"],
+        "rung": guard["rung"],
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -208,10 +227,11 @@ def main(argv: list[str] | None = None) -> int:
     for precision in args.precision:
         model = accelerate(build(args.size, dtype), precision=precision)
         variants.append(Variant(f"accelerated, {precision}", model))
+        variants.append(Variant(f"accelerated, {precision}, guard off", model, verify=False))
         memory[f"after accelerated {precision}"] = _rss()
     for variant in variants:  # compiles what is compiled lazily
         variant.run(ids, 3)
-    variants = [Variant(variant.name, variant.model) for variant in variants]
+    variants = [Variant(variant.name, variant.model, variant.verify) for variant in variants]
     stock = variants[0]
     bandwidths = []
     for number in range(args.rounds):
@@ -248,14 +268,18 @@ def _show(result: dict[str, Any]) -> None:
     speed = result["streaming_gb_per_s"]
     print(f"streaming {speed['median']:.1f} GB/s ({speed['min']:.1f} to {speed['max']:.1f})")
     print(
-        f"{'variant':<30} {'ms/frame':>9} {'ratio':>6} {'backbone':>9} {'depth':>7} {'codec':>6} {'first':>7} {'GB/s':>5} share"
+        f"{'variant':<34} {'ms/frame':>9} {'ratio':>6} {'backbone':>9} {'depth':>7} {'codec':>6} {'first':>7} {'GB/s':>5} share"
     )
     for row in result["variants"]:
         share = f"{row['gb_per_s']:>5.1f} {row['share_of_streaming_bandwidth']:>4.0%}" if "gb_per_s" in row else ""
         print(
-            f"{row['variant']:<30} {row['ms_per_frame']:>9.1f} {row['ratio_to_stock']:>6.2f} {row['backbone_ms']:>9.1f} "
+            f"{row['variant']:<34} {row['ms_per_frame']:>9.1f} {row['ratio_to_stock']:>6.2f} {row['backbone_ms']:>9.1f} "
             f"{row['depth_ms']:>7.1f} {row['codec_ms_per_frame']:>6.1f} {row['time_to_first_frame_ms']:>7.0f} {share}"
         )
+    for row in result["variants"]:
+        if row.get("guard", {}).get("verify"):
+            guard, times = row["guard"], ", ".join(f"{k} {v:.0f}" for k, v in row["guard"]["check_ms"].items())
+            print(f"{row['variant']}: checks took {guard['share_of_time']:.2%} of the time; ms per check: {times}")
     for precision, seconds in result["accelerate_seconds"].items():
         print(f"accelerate(precision={precision!r}): {seconds['cold']:.1f} s cold, {seconds['warm']:.1f} s warm")
 

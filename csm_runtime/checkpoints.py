@@ -35,17 +35,22 @@ def load(name: str, *, dtype: str = "auto", device: str = "auto", seed: int = 0)
     Raises:
         ValueError: an unknown name, a folder without a CSM or a processor, or an unknown dtype or device.
     """
+    model = load_model(name, dtype=dtype, device=device, seed=seed)
+    own = name == SMALL or (Path(name) / MARKER).is_file()
+    return model, SmallProcessor(model) if own else _load_processor(name)
+
+
+def load_model(name: str, *, dtype: str = "auto", device: str = "auto", seed: int = 0) -> Any:
+    """The model alone, which then needs no processor's files. Arguments and errors as :func:`load`."""
     need("transformers", "hf")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {tuple(DTYPES)}, got {dtype!r}")
     where = _device(device)
     if name == SMALL:
-        model = build_small_csm(seed, dtype=DTYPES[dtype] or torch.float32)
-        return model.to(where), SmallProcessor(model)
+        return build_small_csm(seed, dtype=DTYPES[dtype] or torch.float32).to(where)
     model = _load_model(name, DTYPES[dtype])
     model.codec_model.float()
-    model.to(where).eval()
-    return model, SmallProcessor(model) if (Path(name) / MARKER).is_file() else _load_processor(name)
+    return model.to(where).eval()
 
 
 def prepare_inputs(model: Any, processor: Any, messages: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The command ``csm-accelerate``: demo, generate, bench, doctor.
+"""The command ``csm-accelerate``: demo, generate, bench, doctor, guard-report.
 
 Exit codes: 0 done, 1 something failed, 2 bad input, 130 interrupted. Errors are one line on stderr; ``--debug`` shows
 the traceback.
@@ -21,6 +21,7 @@ from csm_runtime.accelerate import accelerate
 from csm_runtime.compiling import Progress
 from csm_runtime.demo import DemoOptions, FrameClock, run_demo, sampling
 from csm_runtime.doctor import diagnose
+from csm_runtime.events import load_events
 from csm_runtime.extras import need
 from csm_runtime.precision import PRESETS
 
@@ -70,17 +71,33 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(run=_doctor)
     doctor.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
+    _add_guard_report(commands)
     return parser
 
 
+def _add_guard_report(commands: Any) -> None:
+    parser = commands.add_parser(
+        "guard-report", help="the guard's incidents in a folder; with --model their frames are checked again"
+    )
+    _model_options(parser, default=None)
+    parser.add_argument("folder", metavar="DIR", help="what GuardConfig(events_dir=...) was")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=_guard_report)
+
+
 def _common(parser: argparse.ArgumentParser) -> None:
+    """Options of every command that speaks."""
+    _model_options(parser, default=checkpoints.SMALL)
+    parser.add_argument("--speaker", type=int, default=0, help="speaker of the sentence (default: 0)")
+
+
+def _model_options(parser: argparse.ArgumentParser, default: str | None) -> None:
     """Options of every command that loads a model."""
     parser.add_argument(
         "--model",
-        default=checkpoints.SMALL,
-        help="'small' (built in, untrained), a folder, or a hub id (default: small)",
+        default=default,
+        help=f"'small' (built in, untrained), a folder, or a hub id (default: {default or 'none'})",
     )
-    parser.add_argument("--speaker", type=int, default=0, help="speaker of the sentence (default: 0)")
     parser.add_argument("--precision", choices=tuple(PRESETS), default="stock", help="format of the weights")
     parser.add_argument("--dtype", choices=tuple(checkpoints.DTYPES), default="auto", help="default: as saved")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
@@ -209,6 +226,33 @@ def _bench(args: argparse.Namespace) -> int:
         raise RuntimeError(str(stop.code)) from stop
     finally:
         sys.argv = before
+    return OK
+
+
+def _guard_report(args: argparse.Namespace) -> int:
+    events = load_events(args.folder)
+    again: dict[str, list[str]] = {}
+    if args.model is not None:
+        model = checkpoints.load_model(args.model, dtype=args.dtype, device=args.device, seed=args.seed)
+        handle = accelerate(model, precision=args.precision, mode="eager", progress=not args.quiet).acceleration
+        for event in events:
+            try:
+                again[event.id] = [str(finding) for finding in handle.replay(event)]
+            except ValueError as error:
+                again[event.id] = [f"not run again: {error}"]
+    if args.json:
+        found = [event.to_dict() | ({"again": again[event.id]} if event.id in again else {}) for event in events]
+        print(json.dumps(found, indent=2))
+        return OK
+    print(f"{len(events)} incidents in {args.folder}")
+    for event in events:
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event.time))
+        print(f"{event.id}  {when}  {event.kind} at frame {event.frame}: rung {event.rung!r} to {event.next_rung!r}")
+        print(f"    {event.reason}")
+        print(f"    {event.mode}, {event.policy}, {event.dtype} on {event.device}, {event.rows} rows")
+        if event.id in again:
+            said = again[event.id][:3] or ["all frames are within their limits now"]
+            print("".join(f"    again: {line}\n" for line in said), end="")
     return OK
 
 

@@ -32,8 +32,8 @@ BLOCK = 16
 _KEPT = 2 * BLOCK
 """Frames kept for a closer look: two samples may be as far apart."""
 CHECKS = ("copies", "depth", "backbone", "formats", "backbone formats")
-"""In the order in which a sampled frame gets them: the one that says most comes first. Each has an equal share of the
-budget."""
+"""In the order in which a sampled frame gets them: the one that says most comes first. They share the budget equally, and
+what one cannot use goes to the others."""
 
 _STRICT = "codebook 0"
 _MARGIN_DB = {_STRICT: 6.0}
@@ -277,21 +277,33 @@ class Breach:
     findings: tuple[Finding, ...] = ()
 
 
-class _Purse:
+class Purse:
     """What one check may cost: earned by generation, spent by checks, never hoarded beyond two of them."""
 
-    def __init__(self, share: float) -> None:
-        self.share, self.credit, self.price = share, 0.0, 0.0
+    def __init__(self, price: float) -> None:
+        self.credit, self.price = 0.0, price
 
-    def earn(self, seconds: float) -> None:
-        self.credit = min(self.credit + self.share * seconds, max(2 * self.price, self.share * seconds))
+    def room(self) -> float:
+        """Seconds that it can still take."""
+        return max(0.0, 2 * self.price - self.credit)
 
     def affords(self) -> bool:
+        """Whether the check may run now."""
         return self.credit >= self.price
 
     def pay(self, seconds: float) -> None:
+        """The check has run for so long."""
         self.credit -= seconds
-        self.price = seconds if not self.price else 0.7 * self.price + 0.3 * seconds
+        self.price = 0.7 * self.price + 0.3 * seconds
+
+
+def share_out(purses: Sequence[Purse], seconds: float) -> None:
+    """Divide seconds equally among the purses that have room for them."""
+    waiting = sorted(purses, key=Purse.room)
+    for i, purse in enumerate(waiting):
+        taken = min(purse.room(), seconds / (len(waiting) - i))
+        purse.credit += taken
+        seconds -= taken
 
 
 class Guard:
@@ -316,7 +328,7 @@ class Guard:
         self.codec_trusted = True
         self._fallback = config.fallback
         self._healthy, self._climbed = 0, False
-        self._purses: dict[str, _Purse] = {}
+        self._purses: dict[str, Purse] = {}
         self._blocks = 0
         self._tests: dict[str, Wald] = {}
 
@@ -342,10 +354,8 @@ class Guard:
         self.floors[rung] = floors
         self._tests[rung] = Wald(floors.rates)
         if rung == FAST or not self._purses:
-            share = self.config.budget / len(CHECKS)
             for name, seconds in floors.seconds.items():
-                purse = self._purses.setdefault(name, _Purse(share))
-                purse.price = seconds
+                self._purses.setdefault(name, Purse(seconds)).price = seconds
 
     def healthy(self, frames: int) -> None:
         """Count frames made without an incident; a long healthy time on a lower rung leads up again, once."""
@@ -417,6 +427,18 @@ class Guard:
             "events": len(self.events),
         }
 
+    def earn(self, seconds: float) -> None:
+        """So long has been generated since the last time: a share of it may go to checks."""
+        share_out(list(self._purses.values()), self.config.budget * seconds)
+
+    def affords(self, check: str) -> bool:
+        """Whether a check is within the budget now."""
+        return self._purses[check].affords()
+
+    def pay(self, check: str, seconds: float) -> None:
+        """A check has taken so long."""
+        self._purses[check].pay(seconds)
+
     def draw(self) -> int:
         """Which frame of the next block is verified, 0 to 15."""
         mask = torch.ones(BLOCK, dtype=torch.bool)
@@ -460,8 +482,7 @@ class Watch:
             codes: ``[N, codebooks]`` of all frames of the call up to this one.
         """
         now = time.perf_counter()
-        for purse in self.guard._purses.values():
-            purse.earn(now - self._last)
+        self.guard.earn(now - self._last)
         self.kept.append(sample)
         if self._left == 0:
             self._left, self._chosen = BLOCK, self.guard.draw()
@@ -483,14 +504,13 @@ class Watch:
         for name in CHECKS:
             if name not in floors.seconds:
                 continue
-            purse = guard._purses[name]
-            if not purse.affords():
+            if not guard.affords(name):
                 self.metrics.count(f"guard.skipped.{name}")
                 continue
             start = time.perf_counter()
             found = self._run(name, [sample], codes)
             findings = [] if found is None else self._judged(name, found, floors)
-            purse.pay(time.perf_counter() - start)
+            guard.pay(name, time.perf_counter() - start)
             if found is None:
                 continue
             done += 1

@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from csm_models import build, text_prompt, trained
+from csm_models import TRAINED, build, text_prompt, trained
 from torch import Tensor
 
 from csm_kernels.sampling import NoiseKey, SamplingParams
 from csm_runtime import PrecisionPolicy, accelerate, ladder
 from csm_runtime.checks import Checks, Measures, Sample, Scene, groups
+from csm_runtime.cli import main
 from csm_runtime.events import GuardEvent, load_events
 from csm_runtime.guard import (
     BLOCK,
@@ -26,10 +27,12 @@ from csm_runtime.guard import (
     Floors,
     Guard,
     GuardConfig,
+    Purse,
     Wald,
     Watch,
     floors_of,
     judge,
+    share_out,
 )
 from csm_runtime.metrics import Metrics
 from csm_runtime.replay import redraw
@@ -253,6 +256,19 @@ def test_the_budget_holds_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
         assert counters[f"guard.checked.{name}"] + counters[f"guard.skipped.{name}"] == made / BLOCK
         assert counters[f"guard.checked.{name}"] > 50
     assert counters["guard.verified"] + counters["guard.skipped"] == made / BLOCK
+
+
+def test_what_one_check_cannot_use_goes_to_the_others() -> None:
+    cheap, dear, full = Purse(0.1), Purse(10.0), Purse(0.0)
+    share_out([cheap, dear, full], 0.3)
+    assert [cheap.credit, dear.credit, full.credit] == pytest.approx([0.15, 0.15, 0.0])
+    share_out([cheap, dear, full], 3.0)
+    assert [cheap.credit, dear.credit, full.credit] == pytest.approx([0.2, 3.1, 0.0])
+    assert (cheap.affords(), full.affords(), dear.affords()) == (True, True, False)
+    share_out([cheap, dear, full], 100.0)
+    assert dear.credit == 20.0, "no more than two of them"
+    dear.pay(12.0)
+    assert (dear.credit, dear.price) == (8.0, pytest.approx(10.6))
 
 
 def test_a_suspicion_is_looked_at_closely_before_anything_is_done() -> None:
@@ -504,6 +520,24 @@ def test_an_event_can_be_run_again_elsewhere(tmp_path: Path) -> None:
         }
     )
     assert other.replay(healthy) == []
+
+
+def test_the_command_line_reports_and_runs_them_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (event,) = broken_model(events_dir=tmp_path).acceleration.guard.events
+    assert main(["guard-report", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    for word in ("1 incidents", event.id, "verification at frame 5", "'fast' to 'stock'", "below the limit"):
+        assert word in said
+    assert "again:" not in said
+    assert (
+        main(["guard-report", str(tmp_path), "--json", "--model", str(TRAINED), "--dtype", "float32", "--quiet"]) == 0
+    )
+    (data,) = json.loads(capsys.readouterr().out)
+    assert data["id"] == event.id
+    assert any("logits of codebooks 1 to 7" in line for line in data["again"])
+    assert main(["guard-report", str(tmp_path), "--model", "small", "--quiet"]) == 0
+    assert "not run again: event" in capsys.readouterr().out
+    assert main(["guard-report", str(tmp_path / "none")]) == 2
 
 
 def test_events_that_cannot_be_run_again(tmp_path: Path) -> None:

@@ -35,7 +35,8 @@ def tall_tiles() -> Iterator[None]:
 
 
 def fused(model: Any, **options: Any) -> Any:
-    """The model on fused kernels, nothing else."""
+    """The model on fused kernels, nothing else; unless the options say so frames are not verified, which takes a minute."""
+    options.setdefault("guard", False)
     model = accelerate(model, mode="kernels", batch_sizes=(1,), max_positions=48, progress=False, **options)
     assert model.acceleration.mode == "kernels"
     assert not model.acceleration.notes
@@ -183,6 +184,32 @@ def test_a_barrier_that_timed_out_concerns_no_later_call(device: torch.device) -
     wanted = stock(model, **prompt, **GREEDY, max_new_tokens=2)
     with on_fast_path(model):
         got = model.generate(**prompt, **GREEDY, max_new_tokens=2)
+    assert torch.equal(got, wanted)
+
+
+def test_the_guard_finds_a_kernel_gone_wrong(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    """Its limits are those of sound kernels; where one is not, library ops take over for the suspect, with equal tokens."""
+    from csm_runtime.fused import FusedFrame
+    from csm_runtime.guard import GuardConfig
+
+    model = fused(build("base").to(device), guard=GuardConfig(budget=1e9))
+    guard = model.acceleration.guard
+    least = guard.floors["fast"].least
+    assert set(least) >= {"logits of codebook 0", "logits of codebooks 1 to 7", "keys", "values", "hidden state"}
+    assert min(least.values()) > 30
+    prompt = {key: value.to(device) for key, value in text_prompt((6,)).items()}
+    wanted = stock(model, **prompt, **GREEDY, max_new_tokens=20)
+    stock_decode = FusedFrame.decode_depth
+
+    def decode(self: Any) -> None:
+        stock_decode(self)
+        if int(self._state.frame[0]) >= 2:
+            self._depth_logits.mul_(0.97)
+
+    monkeypatch.setattr(FusedFrame, "decode_depth", decode)
+    got = model.generate(**prompt, **GREEDY, max_new_tokens=20)
+    (event,) = guard.events
+    assert (event.frame, event.suspect, event.next_rung) == (2, "depth", "plain depth")
     assert torch.equal(got, wanted)
 
 
