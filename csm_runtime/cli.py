@@ -244,7 +244,7 @@ def _guard_report(args: argparse.Namespace) -> int:
         found = [event.to_dict() | ({"again": again[event.id]} if event.id in again else {}) for event in events]
         print(json.dumps(found, indent=2))
         return OK
-    print(f"{len(events)} incidents in {args.folder}")
+    print(f"incidents in {args.folder}: {len(events)}")
     for event in events:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event.time))
         print(f"{event.id}  {when}  {event.kind} at frame {event.frame}: rung {event.rung!r} to {event.next_rung!r}")

@@ -213,7 +213,7 @@ class DecodeLoop:
         """Count a fault and, the first time, log it."""
         what = f"{type(fault).__name__}: {fault}"
         if self._metrics.fault(what):
-            after = "after the end of speech" if self.complete else "a safer path goes on"
+            after = "after the end of speech" if self.complete else "a safer path goes on until guard.rearm()"
             logger.warning("the fast path failed at frame %d, %s: %s", len(self.frames), after, what, exc_info=fault)
 
     def _launch(self) -> None:

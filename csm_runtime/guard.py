@@ -376,7 +376,9 @@ class Guard:
         self._record(breach, event)
         if rung != self.rung:
             self._metrics.count(f"guard.rung.{rung}")
-            logger.warning(
+            said = breach.kind in ("exception", "memory", "frame")  # by the decode loop, with its traceback
+            logger.log(
+                logging.INFO if said else logging.WARNING,
                 "the guard goes from rung %r to %r at frame %d: %s; model.acceleration.guard.rearm() goes back",
                 self.rung,
                 rung,

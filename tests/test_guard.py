@@ -526,7 +526,7 @@ def test_the_command_line_reports_and_runs_them_again(tmp_path: Path, capsys: py
     (event,) = broken_model(events_dir=tmp_path).acceleration.guard.events
     assert main(["guard-report", str(tmp_path)]) == 0
     said = capsys.readouterr().out
-    for word in ("1 incidents", event.id, "verification at frame 5", "'fast' to 'stock'", "below the limit"):
+    for word in (": 1\n", event.id, "verification at frame 5", "'fast' to 'stock'", "below the limit"):
         assert word in said
     assert "again:" not in said
     assert (
