@@ -478,6 +478,7 @@ def _connect(path: Path) -> sqlite3.Connection:
         db.execute("COMMIT")
         if db.execute("PRAGMA journal_mode").fetchone() != ("wal",):
             db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA secure_delete = ON")  # what forget() removes is overwritten
         db.execute("PRAGMA synchronous = NORMAL")  # a power cut may lose the last requests, never the file
     except sqlite3.DatabaseError as error:
         db.close()

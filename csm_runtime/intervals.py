@@ -84,7 +84,7 @@ def _upper_t_quantile(tail: float, df: float) -> float:
     """The value that Student's t exceeds with probability ``tail``; exact for tails that 1 - tail would round away."""
     if df > _NORMAL_ABOVE:
         z = -NormalDist().inv_cdf(tail)
-        return z + (z**3 + z) / (4 * df)
+        return z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
     low, high = 0.0, 1.0
     while _t_tail(high, df) > tail:
         low, high = high, 2 * high
@@ -266,9 +266,9 @@ def _shares_of_pairs(baseline: Sequence[float], candidate: Sequence[float], z: f
     both = sum(1 for b, c in zip(baseline, candidate) if b and c)
     only_b, only_c = round(sum(baseline)) - both, round(sum(candidate)) - both
     neither = n - both - only_b - only_c
-    product = both * neither - only_b * only_c
+    product: float = both * neither - only_b * only_c
     if product > 0:
-        product = max(product - n // 2, 0)
+        product = max(product - n / 2, 0.0)
     margins = (both + only_b) * (both + only_c) * (neither + only_b) * (neither + only_c)
     return _shares_apart(baseline, candidate, z, product / math.sqrt(margins) if margins else 0.0)
 

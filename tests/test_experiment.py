@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from scipy import stats
 from csm_runtime.experiment import Experiment, position, report_text
 
 BAD_NUMBERS = [math.nan, math.inf, -math.inf, True, "4", None, 10**400]
+GOLDEN = [0.5448025484863412, 0.21737028533120473, 0.6436500457817046]
 
 
 @pytest.fixture
@@ -50,9 +52,6 @@ def test_positions_are_fixed_for_ever() -> None:
     """Changing the hash would move every user of a running experiment."""
     got = [position("default", "", "request-1"), position("default", "", "request-2"), position("a", "b", "ü")]
     assert got == GOLDEN
-
-
-GOLDEN = [0.5448025484863412, 0.21737028533120473, 0.6436500457817046]
 
 
 def test_positions_are_uniform_and_independent_between_experiments() -> None:
@@ -321,9 +320,8 @@ def test_threads(path: Path) -> None:
             assert report.n_baseline + report.n_candidate == 100
 
 
-def in_process(path: Path, index: int, start: float) -> None:
-    while time.time() < start:
-        time.sleep(0.001)
+def in_process(path: Path, index: int, barrier: Barrier) -> None:
+    barrier.wait(60)
     with Experiment(path, share=0.5) as experiment:
         for i in range(150):
             experiment.assign(f"r{i}")
@@ -331,9 +329,9 @@ def in_process(path: Path, index: int, start: float) -> None:
 
 
 def test_processes_create_and_write_at_once(path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    start = time.time() + 4
-    processes = [context.Process(target=in_process, args=(path, index, start)) for index in range(4)]
+    context = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")  # spawning imports torch for 5 s
+    barrier = context.Barrier(4)
+    processes = [context.Process(target=in_process, args=(path, index, barrier)) for index in range(4)]
     for process in processes:
         process.start()
     for process in processes:
