@@ -90,6 +90,7 @@ class Experiment:
             ValueError: the file is another one than ours or of another version, an argument is out of range, the salt differs
                 from the file's, or the experiment is missing and ``create`` is False.
             FileNotFoundError: the folder is missing, or the file and ``create`` is False.
+            sqlite3.OperationalError: the file cannot be opened or written.
         """
         self.path, self.name = Path(path), _text("name", name)
         if share is not None:
@@ -199,11 +200,11 @@ class Experiment:
             share, arm = self._stored_share(db), self._known_arm(db, request_id)
         if arm is None:
             with self._transaction() as db:
-                share = self._stored_share(db)
-                arm = CANDIDATE if position(self.name, self._salt, request_id) < share else BASELINE
-                values = (self.name, request_id, arm, share, time.time())
-                db.execute("INSERT OR IGNORE INTO requests VALUES (?, ?, ?, ?, ?)", values)
-                arm = self._known_arm(db, request_id) or arm
+                share, arm = self._stored_share(db), self._known_arm(db, request_id)
+                if arm is None:  # still: another process may have been quicker, with another share
+                    arm = CANDIDATE if position(self.name, self._salt, request_id) < share else BASELINE
+                    values = (self.name, request_id, arm, share, time.time())
+                    db.execute("INSERT INTO requests VALUES (?, ?, ?, ?, ?)", values)
         run = arm if share > 0 else BASELINE
         return run, run == arm
 

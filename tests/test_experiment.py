@@ -106,6 +106,25 @@ def test_ids_keep_their_arm_when_the_share_changes(path: Path) -> None:
         assert later.count("candidate") > 240
 
 
+def test_the_quicker_process_decides(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process assigns the id between our look and our writing, by a share that was then raised."""
+    with Experiment(path, share=1.0) as experiment, Experiment(path) as other:
+        transaction, done = experiment._transaction, []
+
+        def late(write: bool = True) -> object:
+            if write and not done:
+                done.append(True)
+                other.share = 1e-9
+                assert other.assign("r") == "baseline"
+                other.share = 1.0
+            return transaction(write)
+
+        monkeypatch.setattr(experiment, "_transaction", late)
+        assert experiment.assign("r") == "baseline"
+        assert done
+        assert experiment.counts() == {"baseline": 1, "candidate": 0}
+
+
 def test_share_zero_stops_the_candidate_and_keeps_what_was_written(path: Path) -> None:
     with Experiment(path, share=1.0) as experiment:
         assert experiment.run("r", lambda: "stock", lambda: "fast") == "fast"

@@ -136,6 +136,10 @@ def test_one_stratum_split_in_equal_halves_is_about_the_same() -> None:
         whole, halves = unpaired([(b, c)], 0.95), unpaired([(b[:1000], c[:1000]), (b[1000:], c[1000:])], 0.95)
         assert halves.strata == 2
         assert (halves.low, halves.high) == pytest.approx((whole.low, whole.high), abs=2e-3)
+    b, c = DRAWS["normal"](rng, 40).tolist(), DRAWS["normal"](rng, 40).tolist()
+    for sequential in (False, True):
+        whole, halves = unpaired([(b + b, c + c)], 0.95, sequential), unpaired([(b, c), (b, c)], 0.95, sequential)
+        assert halves.high - halves.low == pytest.approx(whole.high - whole.low, rel=0.02)
 
 
 @pytest.mark.parametrize("size", [0, 1, MIN_MEASUREMENTS - 1])
