@@ -116,9 +116,19 @@ def test_only_adapters_and_what_stands_on_accelerate_know_transformers() -> None
             assert path.parent.name == "adapters" or path.name in on_top, path
 
 
-@pytest.mark.parametrize("name", ["metrics.py", "report.py", "precision.py", "fidelity.py", "adapters/spec.py"])
+@pytest.mark.parametrize(
+    "name", ["metrics.py", "report.py", "precision.py", "fidelity.py", "intervals.py", "adapters/spec.py"]
+)
 def test_leaves_import_nothing_of_ours(name: str) -> None:
     assert not roots(imports(RUNTIME / name)) & {"csm_runtime", "csm_kernels"}
+
+
+@pytest.mark.parametrize("name", ["intervals.py", "comparison.py", "experiment.py"])
+def test_experiments_need_the_standard_library_alone(name: str) -> None:
+    """They are read where no model runs."""
+    assert roots(imports(RUNTIME / name)) <= {"csm_runtime", *sys.stdlib_module_names}
+    ours = {part for part in imports(RUNTIME / name) if part.startswith("csm_runtime.")}
+    assert all(part.startswith(("csm_runtime.intervals", "csm_runtime.comparison")) for part in ours)
 
 
 def ops_used(path: Path) -> set[tuple[str, str]]:
