@@ -1,4 +1,4 @@
-"""The command ``csm-accelerate``: demo, generate, bench, doctor, guard-report.
+"""The command ``csm-accelerate``: demo, generate, bench, doctor, guard-report, ab-report.
 
 Exit codes: 0 done, 1 something failed, 2 bad input, 130 interrupted. Errors are one line on stderr; ``--debug`` shows
 the traceback.
@@ -22,6 +22,7 @@ from csm_runtime.compiling import Progress
 from csm_runtime.demo import DemoOptions, FrameClock, run_demo, sampling
 from csm_runtime.doctor import diagnose
 from csm_runtime.events import load_events
+from csm_runtime.experiment import report_text
 from csm_runtime.extras import need
 from csm_runtime.precision import PRESETS
 
@@ -72,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run=_doctor)
     doctor.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
     _add_guard_report(commands)
+    _add_ab_report(commands)
     return parser
 
 
@@ -83,6 +85,18 @@ def _add_guard_report(commands: Any) -> None:
     parser.add_argument("folder", metavar="DIR", help="what GuardConfig(events_dir=...) was")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=_guard_report)
+
+
+def _add_ab_report(commands: Any) -> None:
+    parser = commands.add_parser("ab-report", help="what an experiment's file says of candidate and baseline")
+    parser.add_argument("file", metavar="FILE", help="the SQLite file of csm_runtime.experiment.Experiment")
+    parser.add_argument("--name", help="one of its experiments (default: all)")
+    parser.add_argument("--confidence", type=float, default=0.95, help="of the intervals (default: 0.95)")
+    parser.add_argument(
+        "--sequential", action="store_true", help="intervals that hold however often they are looked at"
+    )
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.set_defaults(run=_ab_report)
 
 
 def _common(parser: argparse.ArgumentParser) -> None:
@@ -253,6 +267,11 @@ def _guard_report(args: argparse.Namespace) -> int:
         if event.id in again:
             said = again[event.id][:3] or ["all frames are within their limits now"]
             print("".join(f"    again: {line}\n" for line in said), end="")
+    return OK
+
+
+def _ab_report(args: argparse.Namespace) -> int:
+    print(report_text(args.file, args.name, args.confidence, sequential=args.sequential))
     return OK
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from csm_runtime.cli import main
 from csm_runtime.experiment import Experiment, position, report_text
 
 BAD_NUMBERS = [math.nan, math.inf, -math.inf, True, "4", None, 10**400]
@@ -621,3 +622,18 @@ def test_text(path: Path) -> None:
         report_text(path, "other")
     with pytest.raises(FileNotFoundError, match="no such file"):
         report_text(path.with_name("missing"))
+
+
+def test_the_command_line_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "ab.sqlite"
+    with Experiment(path, "one", share=0.5) as experiment:
+        for number in range(60):
+            arm = experiment.assign(str(number))
+            experiment.score(str(number), (arm == "candidate") + number % 3)
+    assert main(["ab-report", str(path), "--name", "one"]) == 0
+    said = capsys.readouterr().out
+    assert "score (higher is better)" in said
+    assert "better" in said.rpartition("confidence")[2]
+    assert main(["ab-report", str(path), "--name", "two"]) == 2
+    assert "one" in capsys.readouterr().err
+    assert main(["ab-report", str(tmp_path / "none")]) == 2

@@ -453,7 +453,9 @@ def test_a_launch_fails_and_then_a_read(
     pending = launch - read <= (1 if stream else lag)
     what = "injected at a launch" if pending else "injected at a read"
     said = [record.getMessage() for record in caplog.records]
-    assert f"the fast path failed at frame {read}, a safer path goes on until guard.rearm(): RuntimeError: {what}" in said
+    assert (
+        f"the fast path failed at frame {read}, a safer path goes on until guard.rearm(): RuntimeError: {what}" in said
+    )
     assert dict(model.acceleration.metrics.faults) == {f"RuntimeError: {what}": 1}
 
 
