@@ -18,9 +18,11 @@ from torch import Tensor
 
 from csm_runtime import fidelity
 from csm_runtime.adapters import hf, hf_call
+from csm_runtime.adapters.hf_passes import Passes
 from csm_runtime.checks import groups
 from csm_runtime.compiling import Progress
 from csm_runtime.generate import plain_mode
+from csm_runtime.metrics import Metrics
 from csm_runtime.precision import PrecisionPolicy
 from csm_runtime.replay import Pass, Replay
 from csm_runtime.weights import Packed, unlowered
@@ -226,13 +228,14 @@ def digest(rows: Sequence[Mapping[str, Tensor]]) -> str:
     return out.hexdigest()
 
 
-class _Ticker:
+class Ticker:
     """A streamer that moves a progress bar, once for each frame: the prompt comes first."""
 
     def __init__(self, bar: Progress) -> None:
         self._bar, self._prompt_seen = bar, False
 
     def put(self, value: Tensor) -> None:
+        """Take the prompt or a frame."""
         if self._prompt_seen:
             self._bar.advance("frame")
         self._prompt_seen = True
@@ -241,7 +244,7 @@ class _Ticker:
         """Nothing is held back."""
 
 
-def speak(model: Any, row: Mapping[str, Tensor], frames: int, seed: int | None, bar: Progress) -> Tensor:
+def speak(model: Any, row: Mapping[str, Tensor], frames: int, seed: int | None, streamer: Any) -> Tensor:
     """Speech of the stock model after a prompt, ``[F, codebooks]``; fewer than ``frames`` where it ends before.
 
     Args:
@@ -249,18 +252,18 @@ def speak(model: Any, row: Mapping[str, Tensor], frames: int, seed: int | None, 
         row: a prompt of one row.
         frames: at most.
         seed: of the sampling, at temperature 0.9 from the best 50; None is greedy.
-        bar: moved by one for each frame.
+        streamer: gets the prompt, and each frame as it is made.
     """
     how: dict[str, Any] = {"do_sample": seed is not None}
     if seed is not None:
         how |= {"temperature": 0.9, "top_k": 50}
     how |= {f"depth_decoder_{name}": value for name, value in how.items()}
-    depth, ticker = model.depth_decoder.generation_config, _Ticker(bar)
+    depth = model.depth_decoder.generation_config
     before = dict(vars(depth))
     with torch.random.fork_rng(), plain_mode():
         torch.manual_seed(seed or 0)
         try:
-            made = type(model).generate(model, **row, **how, max_new_tokens=frames, streamer=ticker)
+            made = type(model).generate(model, **row, **how, max_new_tokens=frames, streamer=streamer)
         finally:  # the stock generate writes depth_decoder_* arguments into the model's own config
             vars(depth).clear()
             vars(depth).update(before)
@@ -359,6 +362,19 @@ class Reference:
                 for i in range(0, len(codes), _CHUNK)
             ]
             return replay.first_logits(packed, hidden), torch.cat(rest)
+
+
+def stock_logits(model: Any, passage: Passage) -> tuple[Tensor, Tensor]:
+    """What the stock modules themselves say of a passage, in their own dtype: codebook 0's logits and the others', fp32."""
+    count, passes = len(passage.codes) - 1, Passes(model, False, Metrics())
+    steps = torch.arange(1, count + 1, device=passage.codes.device)
+    with plain_mode():
+        hidden = model.backbone_model(
+            inputs_embeds=torch.cat([passage.x, model.backbone_model.embed_tokens(passage.codes[None, :-1])], dim=1),
+            attention_mask=torch.cat([passage.mask, torch.ones_like(steps)[None]], dim=1),
+            position_ids=torch.cat([passage.positions, passage.positions[:, -1:] + steps], dim=1),
+        ).last_hidden_state[0, -count - 1 :]
+        return model.lm_head(hidden).float(), passes.codebook_logits(hidden, passage.codes[:, :-1])
 
 
 def compare(truth: tuple[Tensor, Tensor], made: tuple[Tensor, Tensor], tie: float) -> Fidelity:

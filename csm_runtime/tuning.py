@@ -172,6 +172,17 @@ def resolve(model: Any, calibration: Any, progress: bool = True) -> TunedPolicy:
     return tune(model, calibration, progress)
 
 
+def load_policy(path: str | Path) -> PrecisionPolicy:
+    """The policy in a file that :meth:`PrecisionPolicy.save` or :meth:`TunedPolicy.save` wrote.
+
+    Raises:
+        ValueError: something else is in it; names the file.
+        OSError: it cannot be read.
+    """
+    text = Path(path).read_text(encoding="utf-8")
+    return TunedPolicy.load(path).policy if f'"{_RESULT}"' in text else PrecisionPolicy.load(path)
+
+
 def tune(model: Any, calibration: Calibration, progress: bool = True) -> TunedPolicy:
     """Find a policy; see the module's docstring.
 
@@ -199,7 +210,7 @@ def _spoken(
     shown = progress and bool(silent)
     with closing(Progress(len(silent) * calibration.frames, "speech of the stock model", shown)) as bar:
         for i in silent:
-            codes = measuring.speak(model, rows[i], calibration.frames, calibration.seed, bar)
+            codes = measuring.speak(model, rows[i], calibration.frames, calibration.seed, measuring.Ticker(bar))
             state.codes[str(i)] = codes.tolist()
             state.save()
     made = {int(i): {"codes": torch.tensor(codes)} for i, codes in state.codes.items()}
