@@ -279,10 +279,12 @@ def passage_of(model: Any, row: Mapping[str, Tensor]) -> Passage:
     codes, config = row["codes"].to(model.device).long(), model.config
     if codes.shape[1] != config.num_codebooks:
         raise ValueError(f"calibration: codes must have {config.num_codebooks} codebooks, got {codes.shape[1]}")
-    limit = min(config.vocab_size, config.depth_decoder_config.vocab_size)
-    if int(codes.min()) < 0 or int(codes.max()) >= limit:
+    first, rest = config.vocab_size, config.depth_decoder_config.vocab_size
+    limits = torch.tensor([first] + [rest] * (codes.shape[1] - 1), device=codes.device)
+    if bool(((codes < 0) | (codes >= limits)).any()):
         raise ValueError(
-            f"calibration: codes must be from 0 to {limit - 1}, got {int(codes.min())} to {int(codes.max())}"
+            f"calibration: codes must be from 0 to {first - 1} in codebook 0 and to {rest - 1} in the others, got "
+            f"{int(codes.min())} to {int(codes.max())}"
         )
     with plain_mode():
         x, mask, positions = hf_call.embedded(model, {name: v for name, v in row.items() if name != "codes"})

@@ -44,9 +44,10 @@ class Case:
         return measuring.compare(truth, made, self.calibration.thresholds.tie)
 
     def sequences(self) -> Tensor:
-        """All passages' codes as one batch, ``[N, F, codebooks]``, cut to the shortest."""
+        """All passages' codes as one batch ``[N, F, codebooks]``, cut to the shortest and to codes the codec can decode."""
         length = min(len(passage.codes) for passage in self.passages)
-        return torch.stack([passage.codes[:length] for passage in self.passages])
+        size = self.model.codec_model.config.codebook_size
+        return torch.stack([passage.codes[:length].clamp(max=size - 1) for passage in self.passages])
 
 
 class Stock:

@@ -13,7 +13,9 @@ from csm_models import build, held_out_speech, stock, trained
 from torch import Tensor
 
 from csm_runtime import PrecisionPolicy, accelerate, checkpoints, cli, rollout, sides, tuning
+from csm_runtime.accelerate import Acceleration
 from csm_runtime.calibration import Calibration, Thresholds
+from csm_runtime.codec import CodecPath
 from csm_runtime.engine import Engine
 from csm_runtime.rollout import COMPILED, STATIC, Limits, Outcome, Rollout, verify
 from csm_runtime.small_model import SmallProcessor, build_small_csm
@@ -249,6 +251,24 @@ def test_alone_each_step_is_measured_against_the_bare_engine() -> None:
     assert result.together is not None
     alone = [outcomes[f"depth.{zone} in int8"].after["codebooks 1 to 7"].kl_nats for zone in ("mlp", "head")]
     assert result.together.after["codebooks 1 to 7"].kl_nats > max(alone)
+
+
+@pytest.mark.parametrize("gain", [1.0, 1.01])
+def test_a_codec_that_decodes_rows_together(monkeypatch: pytest.MonkeyPatch, gain: float) -> None:
+    """Its sound is compared with the row-by-row loop's; the frames are none of its business."""
+
+    def sound(self: Any, sequences: Tensor) -> list[Tensor]:
+        batches = "codec batching" not in self.without
+        self._codec = CodecPath(self._model.codec_model, batch_frames=1000 if batches else 0)
+        return [wave * gain if batches else wave for wave in self._codec.decode(list(sequences))]
+
+    monkeypatch.setattr(Acceleration, "_sound", sound)
+    one = by_name(walked(trained(), policy="exact"))["codec batching"]
+    assert one.timed == "sound" and one.ms_before > 0 and one.ms_after > 0
+    if gain == 1.0:
+        assert one.kept and one.sound_db > 80
+    else:
+        assert not one.kept and one.reason == "its sound is 40.0 dB from the stock codec's, the limit 60"
 
 
 def test_frames_are_the_stock_models_own_where_none_are_given() -> None:

@@ -303,7 +303,7 @@ def test_codes_that_do_not_fit() -> None:
     model, ids = build(), ids[:1]
     with pytest.raises(ValueError, match="codes must have 4 codebooks, got 3"):
         passage_of(model, {"input_ids": ids, "codes": torch.zeros(5, 3)})
-    with pytest.raises(ValueError, match="codes must be from 0 to 31, got 0 to 32"):
+    with pytest.raises(ValueError, match="from 0 to 31 in codebook 0 and to 31 in the others, got 0 to 32"):
         passage_of(model, {"input_ids": ids, "codes": torch.full((5, 4), 32).tril()})
     row = {"input_ids": ids, "codes": torch.zeros(70, 4)}
     with pytest.raises(ValueError, match="take 73 positions, the model has 64"):
