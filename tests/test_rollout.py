@@ -17,7 +17,8 @@ from csm_runtime.accelerate import Acceleration
 from csm_runtime.calibration import Calibration, Thresholds
 from csm_runtime.codec import CodecPath
 from csm_runtime.engine import Engine
-from csm_runtime.rollout import COMPILED, STATIC, Limits, Outcome, Rollout, verify
+from csm_runtime.optimisations import COMPILED, STATIC
+from csm_runtime.rollout import Limits, Outcome, Rollout, verify
 from csm_runtime.small_model import SmallProcessor, build_small_csm
 
 ANY_SPEED = Limits(min_speed=0.0)
