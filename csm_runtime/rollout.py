@@ -88,14 +88,11 @@ class Outcome:
     after: Fidelity | None = None
     ms_before: float | None = None
     ms_after: float | None = None
+    speed: float | None = None
+    """Time before over time after, the median of what each pair of runs, one after the other, says."""
     sound_db: float | None = None
     seconds: float = 0.0
     """What it took to find out, compiling included."""
-
-    @property
-    def speed(self) -> float | None:
-        """Time before over time after."""
-        return None if self.ms_before is None or not self.ms_after else self.ms_before / self.ms_after
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data, for JSON."""
@@ -110,7 +107,7 @@ class Outcome:
             if abs(self.sound_db) == float("inf")
             else self.sound_db
         )
-        return {**asdict(self), **sides, "sound_db": sound, "speed": self.speed}
+        return {**asdict(self), **sides, "sound_db": sound}
 
 
 @dataclass(frozen=True)
@@ -293,16 +290,14 @@ class _Walk:
         return outcome, options
 
     def _measured(self, step: Step, before: Stock | Accelerated, options: Options) -> Outcome:
-        timed, early = step.timed, []
-        if step.stays:
-            early = [one for _ in range(self._repeats) for one in before.times(timed)]
+        timed = step.timed
+        early = [before.times(timed, i) for i in self._turns(timed)] if step.stays else []
         after = self._sides[_key(options)] = Accelerated(self._case, options, step.timed == SOUND, self._progress)
         seen = Outcome(step.name, False, "", timed=timed, before=before.fidelity, after=after.fidelity)
         idle = step.idle(after.handle)
         if idle is not None:
             return replace(seen, reason=idle)
-        one, other = self._times(before, after, timed, early)
-        seen = replace(seen, ms_before=1000 * one, ms_after=1000 * other)
+        seen = self._timed(seen, before, after, early)
         if timed == SOUND:
             assert isinstance(before, Accelerated)
             pairs = zip(after.sound(), before.sound())
@@ -310,17 +305,27 @@ class _Walk:
         reason = self._too_bad(seen, step.lowers, 0.0 if step.founds else self._limits.min_speed)
         return replace(seen, kept=not reason, reason=reason)
 
-    def _times(
-        self, before: Stock | Accelerated, after: Accelerated, timed: str, early: list[float]
-    ) -> tuple[float, float]:
-        """Median seconds of both sides, timed in turns."""
-        ours: list[float] = []
-        theirs = list(early)
-        for _ in range(self._repeats):
-            if not early:
-                theirs += before.times(timed)
-            ours += after.times(timed)
-        return statistics.median(theirs), statistics.median(ours)
+    def _turns(self, timed: str) -> list[int]:
+        """The passages whose runs are timed, one after the other; all sound is one run."""
+        return self._repeats * list(range(1 if timed == SOUND else len(self._case.passages)))
+
+    def _timed(
+        self, seen: Outcome, before: Stock | Accelerated, after: Accelerated, early: list[list[float]] | None = None
+    ) -> Outcome:
+        """With the times of both sides, taken in turns: what else the machine does, it does to both of a pair."""
+        theirs, ours = list(early or ()), []
+        for turn, i in enumerate(self._turns(seen.timed)):
+            if early:
+                ours.append(after.times(seen.timed, i))
+            elif turn % 2:
+                ours.append(after.times(seen.timed, i))
+                theirs.append(before.times(seen.timed, i))
+            else:
+                theirs.append(before.times(seen.timed, i))
+                ours.append(after.times(seen.timed, i))
+        one, other = (1000 * statistics.median(x for run in runs for x in run) for runs in (theirs, ours))
+        speed = statistics.median(statistics.median(a) / statistics.median(b) for a, b in zip(theirs, ours))
+        return replace(seen, ms_before=one, ms_after=other, speed=speed)
 
     def _too_bad(self, seen: Outcome, lowers: bool, min_speed: float) -> str:
         """Why it is not to be kept, or nothing."""
@@ -341,9 +346,8 @@ class _Walk:
     def _together(self, options: Options) -> Outcome:
         start = time.perf_counter()
         side = self._side(options)
-        one, other = self._times(self._stock, side, FRAME, [])
-        seen = Outcome(
-            _TOGETHER, False, "", False, FRAME, self._stock.fidelity, side.fidelity, 1000 * one, 1000 * other
+        seen = self._timed(
+            Outcome(_TOGETHER, False, "", before=self._stock.fidelity, after=side.fidelity), self._stock, side
         )
         reason = self._too_bad(seen, True, self._limits.min_speed)
         return replace(seen, kept=not reason, reason=reason, seconds=time.perf_counter() - start)

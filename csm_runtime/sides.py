@@ -58,16 +58,13 @@ class Stock:
         words = [measuring.stock_logits(case.model, passage) for passage in case.passages]
         self.fidelity = case.compared((torch.cat([w[0] for w in words]), torch.cat([w[1] for w in words])))
 
-    def times(self, timed: str) -> list[float]:
-        """Seconds of each frame after the first, as ``generate()`` delivers them."""
+    def times(self, timed: str, number: int) -> list[float]:
+        """Seconds of each frame after the first that follows a prompt, as ``generate()`` delivers them."""
         assert timed == FRAME, timed
-        case, out = self._case, []
-        for row in case.rows:
-            clock, prompt = FrameClock(), {name: value for name, value in row.items() if name != "codes"}
-            measuring.speak(case.model, prompt, case.calibration.frames, case.calibration.seed, clock)
-            arrivals = clock.seconds
-            out += [b - a for a, b in zip(arrivals, arrivals[1:])] or arrivals
-        return out
+        case, clock = self._case, FrameClock()
+        prompt = {name: value for name, value in case.rows[number].items() if name != "codes"}
+        measuring.speak(case.model, prompt, case.calibration.frames, case.calibration.seed, clock)
+        return [b - a for a, b in zip(clock.seconds, clock.seconds[1:])] or clock.seconds
 
 
 class Accelerated:
@@ -90,18 +87,17 @@ class Accelerated:
         first, rest, codes = (torch.cat([one[i] for one in made]) for i in range(3))
         self.fidelity = case.compared((first, rest), codes)
 
-    def times(self, timed: str) -> list[float]:
-        """Seconds of each frame, prompt, or of all sound for each second of it."""
-        case = self._case
+    def times(self, timed: str, number: int) -> list[float]:
+        """Seconds of each frame of a passage, of its prompt, or of each second of all passages' sound."""
         if timed == SOUND:
-            sequences, start = case.sequences(), self._now()
+            sequences, start = self._case.sequences(), self._now()
             self.handle._sound(sequences)
             return [(self._now() - start) * FRAME_RATE / sequences[..., 0].numel()]
+        passage = self._case.passages[number]
         if timed == PROMPT:
-            return [self._prefilled(passage) for passage in case.passages]
+            return [self._prefilled(passage)]
         self.seconds = []
-        for passage in case.passages:
-            self._forced(passage)
+        self._forced(passage)
         return self.seconds
 
     def sound(self) -> list[Tensor]:

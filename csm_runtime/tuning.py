@@ -50,8 +50,9 @@ class TunedPolicy:
     """A policy that was found, and how.
 
     ``sensitivity`` has the fidelity of each zone lowered alone, by zone and format; ``raised`` and ``reverted`` the zones in
-    that order, each with its format before and after; ``bytes_per_frame`` the weight bytes of one frame at batch 1 with the
-    ``stock`` weights, the ``start`` policy and this one; ``evaluations`` everything that was measured, by policy.
+    that order, each with its format before and after; ``bytes_per_frame`` the bytes that one frame at batch 1 reads, weights
+    and the KV cache of the longest passage, with the ``stock`` weights, the ``start`` policy and this one (``auto``);
+    ``evaluations`` everything that was measured, by policy.
     """
 
     policy: PrecisionPolicy
@@ -134,7 +135,7 @@ class TunedPolicy:
         read, stock = self.bytes_per_frame["auto"], self.bytes_per_frame["stock"]
         costs = ", ".join(f"KL of {group} {one.kl_nats:.2g} nats" for group, one in self.fidelity.items())
         return (
-            f"precision 'auto' reads {read / stock:.1%} of the stock weights' bytes per frame; {costs}, over {self.frames} "
+            f"precision 'auto' reads {read / stock:.1%} of the bytes of a stock frame; {costs}, over {self.frames} "
             f"frames; {len(self.raised)} raises from {self.start!r}, {len(self.reverted)} of them taken back"
         )
 

@@ -182,11 +182,11 @@ def test_a_backbone_that_drifts_is_seen(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_what_is_slower_is_rolled_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    def times(self: Any, timed: str) -> list[float]:
+    def times(self: Any, timed: str, number: int) -> list[float]:
         return [2.0 if self.handle.policy.format_of("depth.mlp") == "int8" else 1.0]
 
     monkeypatch.setattr(rollout.Accelerated, "times", times)
-    monkeypatch.setattr(rollout.Stock, "times", lambda self, timed: [1.5])
+    monkeypatch.setattr(rollout.Stock, "times", lambda self, timed, number: [1.5])
     result = walked(trained(), limits=Limits())
     outcomes = by_name(result)
     assert outcomes["depth.mlp in int8"].reason == "0.50 times as fast as before, the limit 0.98"
@@ -196,10 +196,24 @@ def test_what_is_slower_is_rolled_back(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.together is not None and result.together.speed == 1.5
 
 
+def test_a_machine_that_slows_down_is_no_fault_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every run takes a third longer than the one before it, and the sides take turns at being first."""
+    now = [1.0]
+
+    def times(self: Any, timed: str, number: int) -> list[float]:
+        now[0] *= 4 / 3
+        return [now[0]]
+
+    monkeypatch.setattr(rollout.Accelerated, "times", times)
+    monkeypatch.setattr(rollout.Stock, "times", times)
+    one = by_name(walked(trained()))["depth.mlp in int8"]
+    assert one.speed == pytest.approx((3 / 4 + 4 / 3) / 2)
+
+
 def test_what_is_slower_than_stock_altogether_is_no_option(monkeypatch: pytest.MonkeyPatch) -> None:
     """Static buffers are what the others stand on, so they may be slow, but not all of it together."""
-    monkeypatch.setattr(rollout.Accelerated, "times", lambda self, timed: [1.0])
-    monkeypatch.setattr(rollout.Stock, "times", lambda self, timed: [0.5])
+    monkeypatch.setattr(rollout.Accelerated, "times", lambda self, timed, number: [1.0])
+    monkeypatch.setattr(rollout.Stock, "times", lambda self, timed, number: [0.5])
     result = walked(trained(), limits=Limits())
     assert by_name(result)[STATIC].kept and by_name(result)[STATIC].speed == 0.5
     assert result.together is not None and not result.together.kept and result.options is None
