@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csm_runtime import compiling, hugepages, ladder
+from csm_runtime import compiling, hugepages, ladder, tuning
 from csm_runtime.adapters import hf, hf_call
 from csm_runtime.adapters.hf_passes import Passes
 from csm_runtime.checks import Checks
@@ -36,6 +36,11 @@ logger = logging.getLogger("csm_runtime")
 _SAFER = {"graph": "library"}
 """Where to go from a mode that fails; from all others frames run eagerly."""
 
+OPTIONAL = ("compiled prefill", "context trimming", "codec batching", "paired positions", "huge pages")
+"""Optimisations that ``without`` can leave out. ``context trimming``: compiled backbone layers that look at the first 512
+cached positions only, for contexts up to that. ``paired positions``: the first two positions of the depth decoder in one
+pass, which the fused kernels do in any case."""
+
 DEFAULT_POSITIONS = 4096
 """Upper bound of the default KV capacity: a config may claim 131072 positions, which is 4 GB of cache per row."""
 
@@ -51,6 +56,8 @@ def accelerate(
     progress: bool = True,
     guard: bool | GuardConfig = True,
     training: bool | CsmTrainingConfig = False,
+    calibration: Any = None,
+    without: Sequence[str] = (),
 ) -> Any:
     """Make ``model.generate`` fast, in place; everything else of the model stays as it is.
 
@@ -58,7 +65,8 @@ def accelerate(
         model: transformers' ``CsmForConditionalGeneration``, in fp32, bf16 or fp16.
         precision: ``"stock"`` (or ``"exact"``) keeps every weight in its own dtype; ``"balanced"`` stores the depth decoder
             in int8, ``"int8"`` (or ``"fast"``) the backbone as well, ``"smallest"`` the MLPs in int4 and the embeddings in
-            int8 besides, codebook 0's head always excepted (docs/precision.md has what they cost); or a
+            int8 besides, codebook 0's head always excepted (docs/precision.md has what they cost);
+            ``"auto"`` finds the smallest policy whose fidelity holds, by ``calibration``; or a
             :class:`~csm_runtime.PrecisionPolicy`.
         max_positions: positions (prompt and frames) the KV buffer holds per row. Default: what the model was made for,
             at most 4096. A call that needs more than a value given here is an error; one that needs more than the
@@ -76,6 +84,10 @@ def accelerate(
             :class:`~csm_runtime.guard.GuardConfig` says more.
         training: True or a :class:`~csm_runtime.training.CsmTrainingConfig` makes ``model(labels=...).loss`` fast instead,
             and none of the other arguments applies: see :func:`csm_runtime.training.accelerate_training`.
+        calibration: for ``precision="auto"``: a :class:`~csm_runtime.calibration.Calibration`, a list of ``generate()``
+            inputs, or the path of a saved result, for which nothing is measured. None measures on made-up text: real
+            prompts, and recordings of what follows them, are better.
+        without: optimisations to leave out, of :data:`OPTIONAL`.
 
     Returns:
         The same object. ``model.acceleration`` is the handle: ``report()``, ``metrics``, ``restore()``.
@@ -102,7 +114,15 @@ def accelerate(
         raise RuntimeError(
             "the original weights were dropped (drop_originals=True), nothing is left to pack; load it again"
         )
-    handle = Acceleration(model, resolve_policy(precision), max_positions, mode, progress, _guard_config(guard))
+    tuned, left_out = None, _left_out(without)
+    if precision == tuning.AUTO:
+        _check_plain(model)
+        tuned = tuning.resolve(model, calibration, progress)
+    elif calibration is not None:
+        raise ValueError(f"calibration is for precision='auto', got precision={precision!r}")
+    policy = resolve_policy(precision) if tuned is None else tuned.policy
+    handle = Acceleration(model, policy, max_positions, mode, progress, _guard_config(guard), left_out)
+    handle.tuned = tuned
     handle.set_up(_buckets(batch_sizes))
     if isinstance(previous, Acceleration):
         previous.restore()
@@ -111,6 +131,20 @@ def accelerate(
     model.__dict__["acceleration"] = handle
     model.__dict__["generate"] = FastGenerate(model, handle)
     return model
+
+
+def _check_plain(model: Any) -> None:
+    changed = hf.modification(model)
+    if changed is not None:
+        raise ValueError(
+            f"model is not a plain CSM: {changed}. Merge adapters, remove hooks and undo quantisation first"
+        )
+
+
+def _left_out(without: Any) -> frozenset[str]:
+    if isinstance(without, str) or not isinstance(without, Sequence) or not set(without) <= set(OPTIONAL):
+        raise ValueError(f"without must be a sequence of names from {OPTIONAL}, got {without!r}")
+    return frozenset(without)
 
 
 def _guard_config(guard: Any) -> GuardConfig:
@@ -138,6 +172,8 @@ class Acceleration:
         guard: what verifies frames, what it found, and the rung that calls start on, see
             :class:`~csm_runtime.guard.Guard`.
         notes: what differs from the plan and why, for example that nothing could be compiled.
+        tuned: how ``precision="auto"`` found the policy, :class:`~csm_runtime.tuning.TunedPolicy`, or None.
+        without: optimisations that are left out.
     """
 
     def __init__(
@@ -148,13 +184,10 @@ class Acceleration:
         mode: str,
         progress: bool,
         guard: GuardConfig,
+        without: frozenset[str] = frozenset(),
     ) -> None:
         self._spec = hf.read_spec(model)
-        changed = hf.modification(model)
-        if changed is not None:
-            raise ValueError(
-                f"model is not a plain CSM: {changed}. Merge adapters, remove hooks and undo quantisation first"
-            )
+        _check_plain(model)
         if max_positions is not None and not (isinstance(max_positions, int) and max_positions > 1):
             raise ValueError(f"max_positions must be an integer above 1, got {max_positions!r}")
         self._model = model
@@ -167,6 +200,8 @@ class Acceleration:
         self._warm: set[int] = set()
         self._dropped = False
         self._huge_bytes = 0
+        self.without = without
+        self.tuned: tuning.TunedPolicy | None = None
         self.policy = policy
         self.metrics = Metrics()
         self.guard = Guard(guard, self.metrics)
@@ -184,7 +219,8 @@ class Acceleration:
             self._refresh(bar.advance)
         bar.close()
         assert self._engine.packed is not None
-        self._huge_bytes = hugepages.collapse(matrices(self._engine.packed))
+        if "huge pages" not in self.without:
+            self._huge_bytes = hugepages.collapse(matrices(self._engine.packed))
         self.metrics.setup_seconds["pack"] = time.perf_counter() - start
         for size in sizes:
             self._warm_up(size)
@@ -229,7 +265,7 @@ class Acceleration:
             batch_sizes=sorted(self._warm),
             huge_page_bytes=self._huge_bytes,
             originals_dropped=self._dropped,
-            notes=list(self.notes),
+            notes=[*([] if self.tuned is None else [str(self.tuned)]), *self.notes],
             metrics=self.metrics.snapshot(),
             guard=self.guard.status(),
             compiled_prefill=self._passes.compiled,
@@ -300,9 +336,12 @@ class Acceleration:
         with plain_mode():
             rotary = hf.rotary_tables(self._model, capacity)
             kv_dtype = DTYPES.get(self.policy.format_of("kv"))
-            engine = Engine(self._spec, rotary, dtype, device, capacity, self._wanted_mode, self.metrics, kv_dtype)
+            engine = Engine(
+                self._spec, rotary, dtype, device, capacity, self._wanted_mode, self.metrics, kv_dtype, self.without
+            )
         # A stock layer whose weights were dropped computes from its copies in a way that is not worth compiling.
         compiled = engine.mode not in ("eager", "kernels") and not self._dropped
+        compiled = compiled and "compiled prefill" not in self.without
         self._passes = Passes(self._model, compiled, self.metrics)
         self._note_unfused(engine)
         return engine

@@ -1,4 +1,4 @@
-"""The command ``csm-accelerate``: demo, generate, bench, doctor, guard-report, ab-report.
+"""The command ``csm-accelerate``: demo, generate, verify, bench, doctor, guard-report, ab-report.
 
 Exit codes: 0 done, 1 something failed, 2 bad input, 130 interrupted. Errors are one line on stderr; ``--debug`` shows
 the traceback.
@@ -16,8 +16,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from csm_runtime import __version__, checkpoints, speech
+from csm_runtime import __version__, checkpoints, rollout, speech
 from csm_runtime.accelerate import accelerate
+from csm_runtime.calibration import Calibration
 from csm_runtime.compiling import Progress
 from csm_runtime.demo import DemoOptions, FrameClock, run_demo, sampling
 from csm_runtime.doctor import diagnose
@@ -25,6 +26,7 @@ from csm_runtime.events import load_events
 from csm_runtime.experiment import report_text
 from csm_runtime.extras import need
 from csm_runtime.precision import PRESETS
+from csm_runtime.tuning import AUTO, load_policy
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -64,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands)
     _add_generate(commands)
+    _add_verify(commands)
     bench = commands.add_parser(
         "bench", help="run bench/e2e.py of a checkout; all options are passed on", add_help=False
     )
@@ -82,6 +85,7 @@ def _add_guard_report(commands: Any) -> None:
         "guard-report", help="the guard's incidents in a folder; with --model their frames are checked again"
     )
     _model_options(parser, default=None)
+    parser.add_argument("--precision", choices=tuple(PRESETS), default="stock", help="format of the weights")
     parser.add_argument("folder", metavar="DIR", help="what GuardConfig(events_dir=...) was")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=_guard_report)
@@ -112,7 +116,6 @@ def _model_options(parser: argparse.ArgumentParser, default: str | None) -> None
         default=default,
         help=f"'small' (built in, untrained), a folder, or a hub id (default: {default or 'none'})",
     )
-    parser.add_argument("--precision", choices=tuple(PRESETS), default="stock", help="format of the weights")
     parser.add_argument("--dtype", choices=tuple(checkpoints.DTYPES), default="auto", help="default: as saved")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling, and of the small model's weights")
@@ -120,10 +123,20 @@ def _model_options(parser: argparse.ArgumentParser, default: str | None) -> None
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
 
 
+def _add_precision(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--precision",
+        choices=(*PRESETS, AUTO),
+        default="stock",
+        help="format of the weights; auto finds it, measuring on this sentence (default: stock)",
+    )
+
+
 def _add_demo(commands: Any) -> None:
     default = DemoOptions()
     parser = commands.add_parser("demo", help="stock against accelerated: a table, a WAV, a JSON and a plot")
     _common(parser)
+    _add_precision(parser)
     parser.add_argument("--text", default=default.text, help="the sentence to say")
     parser.add_argument(
         "--speech",
@@ -147,6 +160,7 @@ def _add_demo(commands: Any) -> None:
 def _add_generate(commands: Any) -> None:
     parser = commands.add_parser("generate", help="text, optionally with spoken context, to a WAV")
     _common(parser)
+    _add_precision(parser)
     parser.add_argument("--text", required=True, help="the sentence to say")
     parser.add_argument(
         "--context",
@@ -163,6 +177,37 @@ def _add_generate(commands: Any) -> None:
     parser.add_argument("--top-k", type=int, default=50, help="of both decoders, 0 for all tokens (default: 50)")
     parser.add_argument("--greedy", action="store_true", help="take the likeliest token instead of sampling")
     parser.set_defaults(run=_generate)
+
+
+def _add_verify(commands: Any) -> None:
+    parser = commands.add_parser(
+        "verify", help="every optimisation one at a time: fidelity and speed before and after, kept or rolled back"
+    )
+    _common(parser)
+    parser.add_argument(
+        "--prompts", metavar="FILE", help="sentences to calibrate on, one a line (default: two built in)"
+    )
+    parser.add_argument("--frames", type=int, default=24, help="frames the stock model says of each (default: 24)")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs of both sides of each step (default: 3)")
+    parser.add_argument(
+        "--policy",
+        default="fast",
+        metavar="NAME|FILE",
+        help=f"whose lowered zones are tried one by one: {', '.join(PRESETS)}, or a JSON file (default: fast)",
+    )
+    parser.add_argument(
+        "--thresholds",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="max_kl0, max_kl, min_top1_0, min_top1, min_near, tie, max_kl_added, min_sound_db or min_speed; repeatable",
+    )
+    parser.add_argument(
+        "--alone", action="store_true", help="each on the bare engine instead of on top of what has been kept so far"
+    )
+    parser.add_argument("--skip", action="append", default=[], metavar="STEP", help="a step to leave out; repeatable")
+    parser.add_argument("--json", metavar="FILE", help="write everything that was measured there")
+    parser.set_defaults(run=_verify)
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -187,7 +232,8 @@ def _generate(args: argparse.Namespace) -> int:
     turns.append(speech.Turn(args.speaker, args.text))
     model, processor = checkpoints.load(args.model, dtype=args.dtype, device=args.device, seed=args.seed)
     inputs = checkpoints.prepare_inputs(model, processor, speech.conversation(turns))
-    model = accelerate(model, precision=args.precision, progress=not args.quiet)
+    calibration = [inputs] if args.precision == AUTO else None
+    model = accelerate(model, precision=args.precision, progress=not args.quiet, calibration=calibration)
     bar = Progress(args.max_frames, "generating", not args.quiet)
     start = time.perf_counter()
     try:
@@ -207,6 +253,38 @@ def _generate(args: argparse.Namespace) -> int:
     for note in [*model.acceleration.notes, *model.acceleration.metrics.stock_reasons]:
         print(f"note: {note}", file=sys.stderr)
     return OK
+
+
+_SENTENCES = ("Hello from two processor cores, spoken a frame at a time.", "Is it any good? Listen, and then decide.")
+
+
+def _verify(args: argparse.Namespace) -> int:
+    limits = rollout.Limits.parse(args.thresholds)
+    policy = PRESETS[args.policy] if args.policy in PRESETS else load_policy(args.policy)
+    sentences: Sequence[str] = _SENTENCES
+    if args.prompts is not None:
+        text = Path(args.prompts).read_text(encoding="utf-8")
+        sentences = [line.strip() for line in text.splitlines() if line.strip()]
+        if not sentences:
+            raise ValueError(f"{args.prompts} holds no sentences")
+    model, processor = checkpoints.load(args.model, dtype=args.dtype, device=args.device, seed=args.seed)
+    turns = [[speech.Turn(args.speaker, sentence)] for sentence in sentences]
+    inputs = [checkpoints.prepare_inputs(model, processor, speech.conversation(turn)) for turn in turns]
+    found = rollout.verify(
+        model,
+        Calibration(inputs, frames=args.frames, seed=args.seed),
+        policy=policy,
+        limits=limits,
+        repeats=args.repeats,
+        alone=args.alone,
+        skip=args.skip,
+        progress=not args.quiet,
+    )
+    rollout.show(found)
+    if args.json is not None:
+        found.save(args.json)
+        print(f"wrote {args.json}")
+    return FAILED if found.failed else OK
 
 
 def parse_context(value: str, speaker: int) -> speech.Turn:

@@ -19,6 +19,7 @@ from csm_runtime.accelerate import accelerate
 from csm_runtime.compiling import Progress
 from csm_runtime.doctor import machine
 from csm_runtime.extras import need
+from csm_runtime.tuning import AUTO
 
 REAL_TIME_MS = 1000 / speech.FRAME_RATE
 """Milliseconds of audio in a frame: the time a frame may take in real time."""
@@ -164,7 +165,8 @@ def run_demo(options: DemoOptions) -> dict[str, Any]:
     model, processor = checkpoints.load(options.model, dtype=options.dtype, device=options.device, seed=options.seed)
     inputs = checkpoints.prepare_inputs(model, processor, speech.conversation(turns))
     start = time.perf_counter()
-    model = accelerate(model, precision=options.precision, progress=options.progress)
+    calibration = [inputs] if options.precision == AUTO else None
+    model = accelerate(model, precision=options.precision, progress=options.progress, calibration=calibration)
     setup = time.perf_counter() - start
     print(f"set-up (packing, compiling, self-test) took {setup:.1f} s; the compiler's cache makes the next one quicker")
     stock, fast = _measure(model, inputs, options)

@@ -173,6 +173,7 @@ class Engine:
             ops), ``eager``, or ``auto``.
         metrics: where timings go.
         kv_dtype: dtype of the KV buffers, the model's own where None.
+        without: ``paired positions`` and ``context trimming`` where they are to be left out.
 
     Attributes:
         lag: frames that may be launched ahead of what the host has read. A graph's launch returns at once, so the device
@@ -191,6 +192,7 @@ class Engine:
         mode: str,
         metrics: Metrics,
         kv_dtype: torch.dtype | None = None,
+        without: frozenset[str] = frozenset(),
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
@@ -203,7 +205,7 @@ class Engine:
             raise ValueError(f"mode 'kernels' runs the fused kernels, and {self.unfused}; use 'auto'")
         self.spec, self.dtype, self.device, self.capacity = spec, dtype, device, capacity
         self.kv_dtype = kv_dtype or dtype
-        self.mode = mode
+        self.mode, self.without = mode, without
         self.lag = 2 if mode in _CAPTURED else 0
         self.metrics = metrics
         self.plain: frozenset[str] = frozenset()
@@ -268,9 +270,10 @@ class Engine:
             raise ValueError(f"batch of {rows} rows is larger than the largest bucket, {BUCKETS[-1]}")
         if size not in self._runners:
             steps = _eager_steps(len(self._bound().depth_heads.banks))
-            if self.mode != "compile" or size <= _PAIRED_ROWS:
+            if "paired positions" not in self.without and (self.mode != "compile" or size <= _PAIRED_ROWS):
                 steps["depth pair"] = depth_pair_step
-            if self.mode == "compile" and self.capacity >= 2 * _SHORT_WINDOW:
+            trims = self.mode == "compile" and "context trimming" not in self.without
+            if trims and self.capacity >= 2 * _SHORT_WINDOW:
                 steps["short layer"] = layer_step
             if self.mode == "compile":
                 steps = {name: compiling.compile_step(fn) for name, fn in steps.items()}

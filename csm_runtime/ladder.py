@@ -106,6 +106,7 @@ def build_seat(model: Any, rung: str, like: Seat, dropped: bool, metrics: Metric
             "eager",
             metrics,
             fast.kv_dtype if dropped else None,
+            fast.without,
         )
     weights = like.weights if dropped else like.weights.with_policy(safer_policy(like.weights.policy, rung))
     return Seat(engine, Passes(model, False, metrics), weights)

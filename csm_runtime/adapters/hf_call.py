@@ -204,6 +204,19 @@ def prompt_with_frames(model: Any, request: Request, made: Tensor) -> tuple[Tens
     return x, mask, positions
 
 
+def embedded(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Embeddings ``[N, T, D]``, mask and rotary positions ``[N, T]`` of a prompt as ``generate()`` takes it."""
+    ids = inputs["input_ids"]
+    mask = inputs.get("attention_mask")
+    mask = torch.ones(ids.shape[:2], dtype=torch.long, device=ids.device) if mask is None else mask.long()
+    if ids.ndim == 3:
+        x = model.backbone_model.embed_tokens(ids)
+    else:
+        sound = {name: inputs.get(name) for name in ("input_values", "input_values_cutoffs")}
+        x = model._merge_input_ids_with_input_values(input_ids=ids, **sound)["inputs_embeds"]
+    return x, mask, (mask.cumsum(-1) - 1).clamp(min=0)
+
+
 def text_embeddings(model: Any, ids: Tensor) -> Tensor:
     """``[N, T, D]`` in the model's dtype, of text token ids ``[N, T]``."""
     return model._merge_input_ids_with_input_values(input_ids=ids)["inputs_embeds"]
