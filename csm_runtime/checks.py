@@ -15,15 +15,13 @@ import torch
 from torch import Tensor
 
 from csm_kernels.sampling import NoiseKey, SamplingParams
-from csm_runtime.replay import Replay, redraw
+from csm_runtime.replay import Replay, noise_of, redraw
 from csm_runtime.weights import Packed
 
 _LONGEST_CHUNK = 32
 """Frames that one pass through the backbone checks at most."""
 _MOST_EVIDENCE = 64 << 20
 """Bytes of keys and values that an event takes along."""
-_KEYS = 16
-"""Noises per frame with which calibration counts tokens that differ."""
 
 
 class Sample(NamedTuple):
@@ -153,11 +151,12 @@ class Checks:
         differing, looked, margins = 0, 0, torch.zeros(len(rows.frames), device=ours.device)
         for number in range(noises):
             key = NoiseKey(scene.seed[rows.row] + number, scene.utterance[rows.row], rows.number)
-            codes = rows.codes[:, part]
+            codes, noise = rows.codes[:, part], torch.zeros_like(wanted)
+            if bool(params.do_sample.any()):
+                noise = noise_of(key, part.start, count, wanted.shape[2])
             if noises > 1:
-                nothing = codes.new_full(codes.shape, -1)
-                codes = redraw(ours, nothing, params, key, part.start, near).drawn
-            drawn = redraw(wanted, codes, params, key, part.start, near)
+                codes = redraw(ours, codes, params, noise, near).drawn
+            drawn = redraw(wanted, codes, params, noise, near)
             differing += int((~drawn.same).sum())
             looked += drawn.same.numel()
             margins = torch.maximum(margins, drawn.margin.amax(1))

@@ -27,7 +27,7 @@ from csm_runtime.weights import Packed, PackedWeights, unlowered
 CALIBRATION_FRAMES = 6
 """Frames that limits are taken from: the model's own, of a made-up prompt."""
 _PROMPT = 12
-_NOISES = 16
+_NOISES = 8
 """Noises with which each of those frames is drawn again, to count tokens that differ in health."""
 _SAMPLING = (0.9, 50)
 

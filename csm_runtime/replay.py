@@ -169,28 +169,31 @@ class Redraw(NamedTuple):
     """``[n, K]`` fp32, in units of the logits: how far the other logits are from drawing it too; 0 where they do."""
 
 
-def redraw(
-    logits: Tensor, codes: Tensor, params: SamplingParams, key: NoiseKey, first_codebook: int, tolerance: Tensor
-) -> Redraw:
+def noise_of(key: NoiseKey, first_codebook: int, books: int, vocab: int) -> Tensor:
+    """The noise ``[n, books, vocab]`` fp32 of consecutive codebooks of ``n`` frames.
+
+    Frame by frame: the generator's 64-bit words of one frame stay in the cache, those of six take ten times as long each.
+    """
+    codebook = torch.arange(first_codebook, first_codebook + books, device=key.seed.device)
+    rows = [NoiseKey(*(value[i : i + 1].expand(books) for value in key)) for i in range(len(key.seed))]
+    return torch.stack([gumbel_noise_ref(row, codebook, vocab) for row in rows])
+
+
+def redraw(logits: Tensor, codes: Tensor, params: SamplingParams, noise: Tensor, tolerance: Tensor) -> Redraw:
     """Draw codebooks again and say by how much each token that differs has lost.
 
     Args:
         logits: ``[n, K, V]`` fp32.
         codes: ``[n, K]`` int64, what was drawn from logits that should have been nearly these.
         params: one entry for each of the n.
-        key: likewise.
-        first_codebook: number of the first of the K codebooks.
+        noise: ``[n, K, V]`` fp32, see :func:`noise_of`.
         tolerance: ``[K]`` fp32, by how much a logit may differ: a token that near a top-k or top-p limit may stand on
             either side of it.
     """
-    count, books, vocab = logits.shape
-    device = logits.device
+    _, books, vocab = logits.shape
     temperature = torch.where(params.do_sample, params.temperature, torch.ones_like(params.temperature))
     scores = logits / temperature[:, None, None]
     room = (tolerance[None, :] / temperature[:, None])[..., None]
-    each = NoiseKey(*(value.repeat_interleave(books) for value in key))
-    codebook = torch.arange(first_codebook, first_codebook + books, device=device).repeat(count)
-    noise = gumbel_noise_ref(each, codebook, vocab).view(count, books, vocab)
     noise = torch.where(params.do_sample[:, None, None], noise, 0.0)
     ranked, _ = scores.sort(dim=-1, descending=True, stable=True)
     whole = ~params.do_sample

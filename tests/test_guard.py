@@ -35,7 +35,7 @@ from csm_runtime.guard import (
     share_out,
 )
 from csm_runtime.metrics import Metrics
-from csm_runtime.replay import redraw
+from csm_runtime.replay import noise_of, redraw
 
 PRICES = dict.fromkeys(CHECKS, 0.0)
 
@@ -416,7 +416,7 @@ class Simulated:
         zeros = torch.zeros(count, dtype=torch.int64)
         key = NoiseKey(zeros, zeros, torch.tensor(numbers))
         nothing = torch.full((count, self.BOOKS), -1)
-        codes = redraw(ours, nothing, params, key, 0, torch.zeros(self.BOOKS)).drawn
+        codes = redraw(ours, nothing, params, noise_of(key, 0, self.BOOKS, self.VOCAB), torch.zeros(self.BOOKS)).drawn
         alive = torch.ones(1, dtype=torch.bool)
         hidden = torch.zeros(1, 4)
         return [

@@ -16,7 +16,7 @@ from csm_runtime import weights
 from csm_runtime.adapters import hf
 from csm_runtime.adapters.spec import LinearWeights
 from csm_runtime.precision import PrecisionPolicy
-from csm_runtime.replay import Replay, redraw
+from csm_runtime.replay import Replay, noise_of, redraw
 
 PROMPT = text_prompt((5, 9, 3))
 FRAMES = 6
@@ -156,7 +156,7 @@ SETTINGS: list[tuple[bool, dict[str, float]]] = [
 def test_the_same_logits_draw_the_same_tokens(do_sample: bool, changed: dict[str, float]) -> None:
     logits, params, key = setting(do_sample, **changed)
     codes = drawn_by_the_sampler(logits, params, key)
-    again = redraw(logits, codes, params, key, 4, torch.zeros(BOOKS))
+    again = redraw(logits, codes, params, noise_of(key, 4, BOOKS, VOCAB), torch.zeros(BOOKS))
     assert torch.equal(again.drawn, codes)
     assert again.same.all()
     assert not again.margin.any()
@@ -169,7 +169,7 @@ def test_logits_that_are_a_little_off_draw_ties(do_sample: bool, changed: dict[s
     off = 0.01
     noise = torch.rand(logits.shape, generator=torch.Generator().manual_seed(3)) * 2 - 1
     codes = drawn_by_the_sampler(logits + off * noise, params, key)
-    got = redraw(logits, codes, params, key, 4, torch.full((BOOKS,), off))
+    got = redraw(logits, codes, params, noise_of(key, 4, BOOKS, VOCAB), torch.full((BOOKS,), off))
     assert float(got.margin.max()) <= 2 * off * (1 + 1e-4)
     if "top_k" not in changed or changed["top_k"] > 1:
         assert not got.same.all(), "some token did come out differently"
@@ -181,7 +181,7 @@ def test_other_noise_is_no_tie(do_sample: bool, changed: dict[str, float]) -> No
         pytest.skip("the noise decides nothing")
     logits, params, key = setting(do_sample, **changed)
     codes = drawn_by_the_sampler(logits, params, key._replace(frame=key.frame + 1))
-    got = redraw(logits, codes, params, key, 4, torch.full((BOOKS,), 0.01))
+    got = redraw(logits, codes, params, noise_of(key, 4, BOOKS, VOCAB), torch.full((BOOKS,), 0.01))
     assert float((got.margin > 0.05).float().mean()) > 0.15
 
 
@@ -190,7 +190,7 @@ def test_codes_out_of_range_and_tokens_that_were_cut_off() -> None:
     codes = drawn_by_the_sampler(logits, params, key)
     codes[0, 0], codes[1, 1] = -1, VOCAB
     codes[2, 2] = logits[2, 2].argmin()
-    margin = redraw(logits, codes, params, key, 4, torch.full((BOOKS,), 0.01)).margin
+    margin = redraw(logits, codes, params, noise_of(key, 4, BOOKS, VOCAB), torch.full((BOOKS,), 0.01)).margin
     assert margin[0, 0] == margin[1, 1] == float("inf")
     assert 1.0 < float(margin[2, 2]) < float("inf")
     assert not margin[3:].any()
