@@ -10,12 +10,12 @@ from typing import Any
 from csm_runtime import tuning
 from csm_runtime.accelerate import OPTIONAL, Acceleration
 from csm_runtime.precision import PRESETS, PrecisionPolicy
-from csm_runtime.sides import FRAME, PROMPT, SOUND
+from csm_runtime.sides import BATCH_FRAMES, FRAME, PROMPT, SOUND
 
 STATIC, COMPILED = "static buffers", "compiled step"
 
 Options = dict[str, Any]
-"""Keyword arguments of ``accelerate()``: ``mode``, ``precision`` and ``without``."""
+"""Keyword arguments of ``accelerate()``: ``mode``, ``precision``, ``without`` and ``codec_batch_frames``."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,11 @@ def steps(policy: PrecisionPolicy, codebooks: int) -> list[Step]:
         Step("paired positions", with_it("paired positions")),
         Step("context trimming", with_it("context trimming"), idle=_no_short_window, needs=COMPILED),
         Step("huge pages", with_it("huge pages"), unfit=_no_huge_pages, idle=_no_pages_made, stays=True),
-        Step("codec batching", with_it("codec batching"), idle=_no_batches, timed=SOUND),
+        Step(
+            "codec batching",
+            lambda options: {**options, "codec_batch_frames": BATCH_FRAMES},
+            timed=SOUND,
+        ),
         Step("graph", **in_mode("library"), unfit=no_cuda),
         Step("fused depth", **in_mode("graph"), unfit=no_cuda),
         *(
@@ -116,8 +120,3 @@ def _no_huge_pages(model: Any) -> str | None:
 
 def _no_pages_made(handle: Acceleration) -> str | None:
     return None if handle._huge_bytes else "the system made no huge pages: small weights, or a kernel before 6.1"
-
-
-def _no_batches(handle: Acceleration) -> str | None:
-    codec = handle._codec
-    return None if codec is not None and codec.batch_frames else "accelerate() decodes sound row by row"

@@ -273,13 +273,19 @@ def test_a_codec_that_decodes_rows_together(monkeypatch: pytest.MonkeyPatch, gai
     """Its sound is compared with the row-by-row loop's; the frames are none of its business."""
 
     def sound(self: Any, sequences: Tensor) -> list[Tensor]:
-        batches = "codec batching" not in self.without
-        self._codec = CodecPath(self._model.codec_model, batch_frames=1000 if batches else 0)
-        return [wave * gain if batches else wave for wave in self._codec.decode(list(sequences))]
+        made = stock_sound(self, sequences)
+        return [wave * gain if self.codec_batch_frames else wave for wave in made]
 
+    def together(self: CodecPath, rows: list[Tensor]) -> list[Tensor] | None:
+        calls.append(len(rows))
+        return stock_fast(self, rows)
+
+    stock_sound, stock_fast, calls = Acceleration._sound, CodecPath._fast, list[int]()
     monkeypatch.setattr(Acceleration, "_sound", sound)
+    monkeypatch.setattr(CodecPath, "_fast", together)
     one = by_name(walked(trained(), policy="exact"))["codec batching"]
     assert one.timed == "sound" and one.ms_before > 0 and one.ms_after > 0
+    assert calls and min(calls) > 1, "rows were decoded together"
     if gain == 1.0:
         assert one.kept and one.sound_db > 80
     else:
