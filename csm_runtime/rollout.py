@@ -170,7 +170,7 @@ def load_options(path: str | Path) -> Options:
             raise ValueError("nothing was kept in this rollout, leave the model as it is")
         options = data["options"]
         policy = PrecisionPolicy.from_dict(options["precision"])
-        return {"mode": options["mode"], "precision": policy, "without": tuple(options["without"])}
+        return {**options, "precision": policy, "without": tuple(options["without"])}
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -370,7 +370,8 @@ class _Walk:
 
 
 def _key(options: Options) -> str:
-    return json.dumps([options["mode"], options["precision"].rules, sorted(options["without"])])
+    plain = {**options, "precision": options["precision"].rules, "without": sorted(options["without"])}
+    return json.dumps(plain, sort_keys=True)
 
 
 # -------------------------------------------------------------------------------------------------------- the table

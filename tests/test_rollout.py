@@ -99,7 +99,7 @@ def test_every_step_alone_is_kept_and_the_options_are_those_of_all() -> None:
     result = walked(model)
     outcomes = by_name(result)
     kept = [name for name, one in outcomes.items() if one.kept]
-    assert kept == [STATIC, "paired positions", "depth.mlp in int8", "depth.head in int8"]
+    assert kept == [STATIC, "paired positions", "codec batching", "depth.mlp in int8", "depth.head in int8"]
     assert result.failed == [] and result.together is not None and result.together.kept
     assert "acceleration" not in model.__dict__ and "generate" not in model.__dict__
     assert result.options is not None
@@ -269,7 +269,7 @@ def test_alone_each_step_is_measured_against_the_bare_engine() -> None:
 
 
 @pytest.mark.parametrize("gain", [1.0, 1.01])
-def test_a_codec_that_decodes_rows_together(monkeypatch: pytest.MonkeyPatch, gain: float) -> None:
+def test_a_codec_that_decodes_rows_together(monkeypatch: pytest.MonkeyPatch, gain: float, tmp_path: Path) -> None:
     """Its sound is compared with the row-by-row loop's; the frames are none of its business."""
 
     def sound(self: Any, sequences: Tensor) -> list[Tensor]:
@@ -283,11 +283,15 @@ def test_a_codec_that_decodes_rows_together(monkeypatch: pytest.MonkeyPatch, gai
     stock_sound, stock_fast, calls = Acceleration._sound, CodecPath._fast, list[int]()
     monkeypatch.setattr(Acceleration, "_sound", sound)
     monkeypatch.setattr(CodecPath, "_fast", together)
-    one = by_name(walked(trained(), policy="exact"))["codec batching"]
+    result = walked(trained(), policy="exact")
+    one = by_name(result)["codec batching"]
     assert one.timed == "sound" and one.ms_before > 0 and one.ms_after > 0
     assert calls and min(calls) > 1, "rows were decoded together"
     if gain == 1.0:
         assert one.kept and one.sound_db > 80
+        result.save(tmp_path / "rollout.json")
+        assert rollout.load_options(tmp_path / "rollout.json") == result.options
+        assert result.options["codec_batch_frames"] == 40
     else:
         assert not one.kept and one.reason == "its sound is 40.0 dB from the stock codec's, the limit 60"
 
@@ -318,7 +322,7 @@ def test_compiled_steps_in_the_walk() -> None:
     result = verify(long_model(), Calibration(frames=6), policy="exact", limits=ANY_SPEED, repeats=1, progress=False)
     outcomes = by_name(result)
     kept = {name for name, one in outcomes.items() if one.kept}
-    assert kept == {STATIC, COMPILED, "compiled prefill", "paired positions", "context trimming"}
+    assert kept - {"codec batching"} == {STATIC, COMPILED, "compiled prefill", "paired positions", "context trimming"}
     assert outcomes["compiled prefill"].timed == "prompt"
     assert result.options is not None and result.options["mode"] == "compile"
 
