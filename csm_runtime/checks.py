@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from csm_kernels.sampling import NoiseKey, SamplingParams
 from csm_runtime.replay import Replay, noise_of, redraw
@@ -135,6 +136,7 @@ class Checks:
             tolerance = self._tolerances.get(name)
             if noises > 1:
                 found.most[f"error of {name}"] = (ours - wanted).abs().flatten(1).amax(1).tolist()
+                found.most[f"size of {name}"] = wanted.flatten(1).square().mean(1).sqrt().tolist()
             elif tolerance is None:
                 continue
             found.differing[name], margins = self._drawn(rows, ours, wanted, part, noises, tolerance or 0.0)
@@ -208,9 +210,9 @@ class Checks:
         return found
 
     def backbone_formats(self, sample: Sample, codes: Sequence[Tensor]) -> Measures:
-        """The backbone's weights against the stock model's, over the positions before a frame."""
+        """The backbone's weights against the stock model's over the positions before a frame, where they are not the same."""
         stock, chunk = self._scene.stock(), self._chunk(sample, codes)
-        if stock is None or chunk is None:
+        if stock is None or chunk is None or _same_tensors(self._scene.packed.backbone, stock.backbone):
             return Measures()
         start, stop, args = chunk
         ours, theirs = (self._replay.backbone(weights, *args).hidden for weights in (self._scene.packed, stock))
@@ -300,6 +302,12 @@ class _Rows:
         self.codes = joined(sample.codes for sample in samples)
         self.first_logits = joined(sample.first_logits for sample in samples)
         self.logits = joined(sample.logits for sample in samples)
+
+
+def _same_tensors(a: Any, b: Any) -> bool:
+    """Whether two stacks of weights lie in the same memory."""
+    ours, theirs = ([leaf.data_ptr() for leaf in tree_leaves(stack) if isinstance(leaf, Tensor)] for stack in (a, b))
+    return ours == theirs
 
 
 def _part(first: Tensor, others: Tensor, part: slice) -> Tensor:

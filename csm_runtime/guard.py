@@ -39,14 +39,18 @@ _STRICT = "codebook 0"
 _MARGIN_DB = {_STRICT: 6.0}
 _USUAL_MARGIN_DB = 10.0
 """Below the worst of the calibrated frames: ten times the noise power of health, four times where codebook 0 is judged."""
-_CEILING_DB = 60.0
-"""A fp32 decode step stands at 110 dB or more: a limit above this one would find roundings, not bugs."""
+_CEILING_DB = {"float32": 60.0, "float16": 50.0, "bfloat16": 40.0}
+"""Limits above these would find roundings, not bugs. A fp32 decode step stands at 110 dB. With a cache in bf16 most frames do
+too, but in some a key rounds the other way and they stand at 50: six healthy frames say nothing of that. A lost tile has 26."""
 _SOUND_DB = 20.0
 """A decode step that stands below this when it is calibrated is wrong: eager bf16 has 36 on random weights, a lost tile 26."""
 _MARGIN_NATS = 4.0
 _TIE = {_STRICT: 3.0}
 _USUAL_TIE = 6.0
 """Times the largest error of a logit seen in calibration: by how much a token may lose that was drawn all the same."""
+_PEAK = {_STRICT: 4.0}
+_USUAL_PEAK = 8.0
+"""Times the error that the limit of the same logits lets pass: a token within it is no evidence of more."""
 _LEAST_RATE = 0.004
 _WORSE = 5.0
 """The rate of differing tokens that is to be told from the calibrated one: 10 % from 2 % takes 4.6 s of speech."""
@@ -183,7 +187,13 @@ class Floors:
 
 
 def floors_of(
-    measured: Mapping[str, Sequence[Found]], seconds: dict[str, float], *, policy: str, mode: str, dtype: str
+    measured: Mapping[str, Sequence[Found]],
+    seconds: dict[str, float],
+    *,
+    policy: str,
+    mode: str,
+    dtype: str,
+    rounded: str = "float32",
 ) -> Floors:
     """Limits from what healthy frames measured.
 
@@ -193,6 +203,7 @@ def floors_of(
         policy: name of the precision policy.
         mode: how the frames were run.
         dtype: of the model.
+        rounded: the coarsest dtype that the decode steps round to: the model's or the cache's.
 
     Raises:
         ArithmeticError: they were not healthy: a decode step far off its own reference.
@@ -201,6 +212,7 @@ def floors_of(
     most: dict[str, float] = {}
     ties: dict[str, float] = {}
     rates: dict[str, float] = {}
+    scales: dict[str, float] = {}
     for check, results in measured.items():
         for found in results:
             for name, values in found.least.items():
@@ -210,17 +222,22 @@ def floors_of(
                         f"{name} at {worst:.1f} dB, where a sound decode step has {_SOUND_DB:.0f} or more"
                     )
                 margin = next((db for group, db in _MARGIN_DB.items() if name.endswith(group)), _USUAL_MARGIN_DB)
-                least[name] = min(least.get(name, math.inf), worst - margin, _CEILING_DB)
+                least[name] = min(least.get(name, math.inf), worst - margin, _CEILING_DB[rounded])
             for name, values in found.most.items():
                 worst = max(values, default=0.0)
                 if name.startswith("error of "):
                     group = name.removeprefix("error of ")
                     tie = max(worst, 1e-6) * _TIE.get(group, _USUAL_TIE)
                     ties[group] = max(ties.get(group, 0.0), tie)
+                elif name.startswith("size of "):
+                    scales[name.removeprefix("size of ")] = worst
                 elif name.startswith("divergence"):
                     most[name] = max(most.get(name, 0.0), _MARGIN_NATS * worst + 1e-4)
             for group, (differing, looked) in found.differing.items():
                 rates[group] = max(_LEAST_RATE, (differing + 2) / max(1, looked))
+    for group, size in scales.items():
+        allowed = size * 10 ** (-least[f"logits of {group}"] / 20) * _PEAK.get(group, _USUAL_PEAK)
+        ties[group] = max(ties[group], allowed)
     most |= {f"margin of {group}": tie for group, tie in ties.items()}
     count = max((len(set(found.frames)) for results in measured.values() for found in results), default=0)
     return Floors(policy, mode, dtype, count, least, most, ties, rates, dict(seconds))

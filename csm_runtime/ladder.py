@@ -209,7 +209,15 @@ def calibrate(model: Any, seat: Seat, size: int, dropped: bool) -> Floors:
         if not again.frames and name != "copies":
             del seconds[name]  # there is nothing to check
     dtype = str(engine.dtype).removeprefix("torch.")
-    return floors_of(measured, seconds, policy=seat.weights.policy.name, mode=engine.mode, dtype=dtype)
+    rounded = min((engine.dtype, engine.kv_dtype), key=lambda one: -torch.finfo(one).eps)
+    return floors_of(
+        measured,
+        seconds,
+        policy=seat.weights.policy.name,
+        mode=engine.mode,
+        dtype=dtype,
+        rounded=str(rounded).removeprefix("torch."),
+    )
 
 
 def replay_event(model: Any, seat: Seat, event: GuardEvent, floors: Floors, dropped: bool) -> list[Finding]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from csm_models import TRAINED, build, text_prompt, trained
+from csm_models import TRAINED, build, held_out_speech, text_prompt, trained
 from torch import Tensor
 
 from csm_kernels.sampling import NoiseKey, SamplingParams
@@ -107,6 +107,19 @@ def test_limits_stand_off_from_the_worst_healthy_frame() -> None:
     assert got.most["divergence of codebook 0"] == pytest.approx(0.0401)
     assert got.rates == {"codebook 0": pytest.approx(3 / 96), "codebooks from 8": 0.004}
     assert got.frames == 2
+
+
+@pytest.mark.parametrize(("rounded", "limit"), [("float32", 60.0), ("float16", 50.0), ("bfloat16", 40.0)])
+def test_limits_leave_room_for_what_rounds_the_other_way(rounded: str, limit: float) -> None:
+    """A token that loses by less than the limit in dB lets pass is a tie, or the one would contradict the other."""
+    depth = Measures([0], {"logits of codebook 0": [110.0], "logits of codebooks from 8": [110.0]})
+    depth.most = {"error of codebook 0": [1e-6], "error of codebooks from 8": [1e-6]}
+    depth.most |= {"size of codebook 0": [2.0], "size of codebooks from 8": [2.0]}
+    got = floors_of({"depth": [depth]}, PRICES, policy="p", mode="m", dtype="d", rounded=rounded)
+    assert set(got.least.values()) == {limit}
+    allowed = 2.0 * 10 ** (-limit / 20)
+    assert got.ties == {"codebook 0": pytest.approx(4 * allowed), "codebooks from 8": pytest.approx(8 * allowed)}
+    assert got.most["margin of codebook 0"] == got.ties["codebook 0"]
 
 
 def test_limits_of_exact_steps_leave_room_for_roundings() -> None:
@@ -462,6 +475,26 @@ def test_no_false_alarm_in_a_hundred_thousand_healthy_frames() -> None:
     counters = guard._metrics.counters
     assert counters["guard.verified"] >= 100_000 // BLOCK
     assert counters["guard.suspicions"] <= 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("precision", ["exact", "balanced", "fast", "smallest"])
+def test_no_false_alarm_while_a_trained_model_speaks(precision: str, dtype: torch.dtype) -> None:
+    """Real logits have what simulated ones have not: in bf16 a key may round the other way and cost 50 dB."""
+    model = accelerate(
+        trained().to(dtype), precision=precision, mode="eager", progress=False, guard=GuardConfig(budget=1e9)
+    )
+    sentences, frames = [ids for ids, _ in held_out_speech()], 0
+    for seed in range(8):
+        ids = sentences[seed % len(sentences)][None]
+        frames += model.generate(
+            ids, max_new_tokens=120, do_sample=True, depth_decoder_do_sample=True, temperature=0.9, seed=seed
+        ).shape[1]
+    counters = model.acceleration.metrics.counters
+    assert model.acceleration.guard.rung == "fast", model.acceleration.guard.reason
+    assert counters["guard.verified"] >= 15
+    assert counters["guard.suspicions"] == 0
 
 
 def test_the_simulation_is_not_blind() -> None:
