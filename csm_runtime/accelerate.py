@@ -268,7 +268,7 @@ class Acceleration:
             copied_bytes=self._weights.copied_bytes()
             + engine.fused_bytes()
             + (self._codec.bytes() if self._codec else 0),
-            kv_bytes=engine.kv_bytes(),
+            kv_bytes=engine.kv_bytes() + sum(seat.engine.kv_bytes() for seat in self._seats.values()),
             capacity=engine.capacity,
             batch_sizes=sorted(self._warm),
             huge_page_bytes=self._huge_bytes,
@@ -290,7 +290,7 @@ class Acceleration:
             Every measure beyond its limit, as at the incident if nothing has changed; nothing where all is well.
 
         Raises:
-            ValueError: the event kept no frames, or is of a model of another shape.
+            ValueError: the event kept no frames, or is of a model of another shape, or this one cannot be verified.
         """
         with self._lock, plain_mode():
             self._refresh()
@@ -298,6 +298,8 @@ class Acceleration:
             seat = self._seat(FAST, size)
             if FAST not in self.guard.floors:
                 self._calibrate(FAST, seat, size)
+            if FAST not in self.guard.floors:
+                raise ValueError(f"the guard has no limits for this model: {self.guard.reason or self.notes[-1]}")
             return ladder.replay_event(self._model, seat, event, self.guard.floors[FAST], self._dropped)
 
     def restore(self) -> None:
@@ -507,6 +509,7 @@ class Acceleration:
         seeds.fit(rows, request.backbone.do_sample or request.depth.do_sample)
         loop = None
         while loop is None or self.guard.rung != STOCK:
+            rung = self.guard.rung
             loop = DecodeLoop(
                 request, functools.partial(self._begin, request, seeds, loop), streamer, self.metrics, loop
             )
@@ -516,7 +519,8 @@ class Acceleration:
                     return self._delivered(loop, request, streamer)
             finally:
                 loop.release()
-            self._step_down(loop)
+            if self.guard.rung == rung:  # else its calibration has gone down already
+                self._step_down(loop)
         self._went_stock("a fault of the fast path")
         none = request.input_ids.new_zeros(rows, 0, self._spec.codebooks)
         return rest(torch.stack(loop.frames, dim=1) if loop.frames else none, loop.ended)
@@ -540,6 +544,7 @@ class Acceleration:
         evidence = loop.evidence()
         if any(finding.check == "copies" for finding in breach.findings):
             self._weights.forget([f.measure for f in breach.findings if f.check == "copies"])
+            self._seats.clear()  # they may share them
         if breach.kind == "memory":
             loop.runner = loop.watch = None
             for seat in (self._fast_seat(), *self._seats.values()):
@@ -624,6 +629,8 @@ class Acceleration:
         seat = self._seat(rung, size)
         if self.guard.config.verify and rung not in self.guard.floors:
             self._calibrate(rung, seat, size)
+            if self.guard.rung != rung:
+                raise ArithmeticError(self.guard.reason)
         made = request.input_ids.new_zeros(rows, 0, self._spec.codebooks)
         if loop is not None and loop.frames:
             made = torch.stack(loop.frames, dim=1)

@@ -250,7 +250,7 @@ class DecodeLoop:
             self.frames.append(frame.codes)
             self._ends.append(frame.ended)
             if self.watch is not None:
-                self.breach = self.watch.look(sample, self.frames)
+                self.breach = self._looked(self.watch, sample)
                 if self.breach is not None:
                     self._in_flight.clear()
                     self._evidence = self._gathered()
@@ -261,6 +261,17 @@ class DecodeLoop:
             self._speech_ended = ended
             if self._streamer is not None:
                 self._streamer.put(self._mailbox.codes(index))
+
+    def _looked(self, watch: Watch, sample: Sample | None) -> Breach | None:
+        """The guard's word on a frame; it never raises into generation, and is asked no more after it has."""
+        try:
+            return watch.look(sample, self.frames)
+        except Exception as error:
+            what = f"the guard failed: {type(error).__name__}: {error}"
+            if self._metrics.fault(what):
+                logger.warning(what, exc_info=True)
+            self.watch = None
+            return None
 
 
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")

@@ -78,7 +78,9 @@ class FastGenerate:
             reason = handle._why_stock(arguments)
             if reason is not None:
                 handle._went_stock(reason)
-                return _seeded(seeds, lambda: stock(model, *args, **kwargs))
+                made = _seeded(seeds, lambda: stock(model, *args, **kwargs))
+                handle.guard.healthy(hf_call.frames_in(model, made))
+                return made
             with plain_mode():
                 handle._refresh()
             depth_config = model.depth_decoder.generation_config

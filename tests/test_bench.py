@@ -22,10 +22,16 @@ def test_e2e_on_the_tiny_size(tmp_path: Any) -> None:
     subprocess.run([*command, "--no-static", "--no-starts", "--out", str(out)], check=True, cwd=tmp_path)
     result = json.loads(out.read_text())
     stock, *ours = result["variants"]
-    assert [row["variant"] for row in ours] == ["accelerated, stock", "accelerated, int8"]
+    names = ["accelerated, stock", "accelerated, int8"]
+    assert [row["variant"] for row in ours] == [name + off for name in names for off in ("", ", guard off")]
+    for watched, alone in (ours[:2], ours[2:]):
+        assert watched["guard"]["verify"] and not alone["guard"]["verify"]
+        assert set(watched["guard"]["check_ms"]) >= {"copies", "depth", "backbone", "formats"}
+        assert watched["guard"]["rung"] == "fast" and 0 <= watched["guard"]["share_of_time"] < 0.1
+        assert alone["guard"]["share_of_time"] == 0
     assert ours[0]["tokens_equal_to_stock"] and ours[0]["mode"] == "compile" and not ours[0]["notes"]
     # A quarter, and what stays fp32: codebook 0's head and one scale per row, which count for much at this size.
-    assert 0.25 < ours[1]["bytes_per_frame"] / ours[0]["bytes_per_frame"] < 0.33
+    assert 0.25 < ours[2]["bytes_per_frame"] / ours[0]["bytes_per_frame"] < 0.33
     for row in ours:
         assert row["ratio_to_stock"] == pytest.approx(stock["ms_per_frame"] / row["ms_per_frame"])
         assert row["backbone_ms"] + row["depth_ms"] == pytest.approx(row["ms_per_frame"], rel=0.5)

@@ -525,6 +525,57 @@ def test_a_long_healthy_time_leads_up_again_once(caplog: pytest.LogCaptureFixtur
     assert model.acceleration.metrics.counters["guard.climbed"] == 1
 
 
+@pytest.mark.parametrize("as_audio", [False, True])
+def test_so_does_a_long_time_on_the_stock_path(as_audio: bool) -> None:
+    model = guarded(build(), guard=GuardConfig(healthy_frames=40))
+    guard = model.acceleration.guard
+    breaking(model, lambda: RuntimeError("injected"))
+    rungs = []
+    for _ in range(5):
+        model.generate(**PROMPT, **GREEDY, max_new_tokens=20, output_audio=as_audio)
+        rungs.append(guard.rung)
+    assert rungs == ["stock", "stock", "fast", "fast", "fast"]
+    assert model.acceleration.metrics.counters["generate.fast"] == 2
+
+
+def test_a_guard_that_fails_is_asked_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    from csm_runtime.guard import Watch
+
+    model = guarded()
+    wanted = stock(model, **PROMPT, **GREEDY, max_new_tokens=FRAMES)
+
+    def broken(self: Watch, sample: Any, codes: Any) -> None:
+        raise RuntimeError("no eyes")
+
+    monkeypatch.setattr(Watch, "look", broken)
+    assert torch.equal(generate(model), wanted)
+    assert dict(model.acceleration.metrics.faults) == {"the guard failed: RuntimeError: no eyes": 1}
+    assert model.acceleration.metrics.counters["generate.fast"] == 1
+
+
+def test_steps_that_become_unsound_are_left_before_they_make_a_frame(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New weights have limits of their own, and steps that are far off there are not used, whatever they were before."""
+    from csm_runtime.replay import Replay
+
+    model = guarded(precision="fast")
+    stock_logits = Replay.depth_logits
+
+    def rolled(self: Replay, packed: Any, *args: Any) -> Tensor:
+        out = stock_logits(self, packed, *args)
+        return out.roll(1, -1) if isinstance(packed.depth.layers[0].up.weight, QuantWeight) else out
+
+    monkeypatch.setattr(Replay, "depth_logits", rolled)
+    with torch.no_grad():
+        model.depth_decoder.model.layers[0].mlp.up_proj.weight.mul_(1.01)
+    got = generate(model)
+    event = assert_found(model, "calibration", frame=0)
+    assert (event.rung, event.next_rung) == ("fast", "eager")
+    assert_greedy_from(model, got, 0)
+    assert model.acceleration.metrics.counters["generate.rung"] == 1
+    with pytest.raises(ValueError, match="no limits"):
+        model.acceleration.replay(event)
+
+
 @pytest.mark.slow
 def test_a_compiled_depth_step_gone_wrong_is_replaced_by_the_eager_one() -> None:
     """The first rung down keeps everything but the suspect's compiled steps."""

@@ -239,6 +239,15 @@ def output(request: Request, sequences: Tensor) -> Any:
     return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=request.output_cache)
 
 
+def frames_in(model: Any, made: Any) -> int:
+    """How many frames, over all rows, the stock ``generate`` has returned: as codes, as an output, or as sound."""
+    if isinstance(made, list):
+        rate = model.config.codec_config.sampling_rate / model.config.codec_config.frame_rate
+        return int(sum(len(sound) for sound in made) / rate)
+    sequences = made if isinstance(made, Tensor) else made.sequences
+    return sequences.shape[0] * sequences.shape[1]
+
+
 def with_audio(made: Any, sound: Callable[[Tensor], list[Tensor]]) -> Any:
     """What the stock ``generate`` returns with ``output_audio=True``, from what it returned without.
 
