@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from csm_kernels.sampling import NoiseKey, SamplingParams
+from csm_runtime.fidelity import kl_divergence, sqnr_db
 from csm_runtime.replay import Replay, noise_of, redraw
 from csm_runtime.weights import Packed
 
@@ -132,7 +133,7 @@ class Checks:
         found = Measures(rows.frames)
         for name, part in groups(books).items():
             ours, wanted = _part(rows.first_logits, rows.logits, part), _part(first, others, part)
-            found.least[f"logits of {name}"] = _db(ours - wanted, wanted)
+            found.least[f"logits of {name}"] = _db(ours, wanted)
             tolerance = self._tolerances.get(name)
             if noises > 1:
                 found.most[f"error of {name}"] = (ours - wanted).abs().flatten(1).amax(1).tolist()
@@ -178,8 +179,8 @@ class Checks:
         found = Measures(rows.frames)
         for name, part in groups(rows.codes.shape[1]).items():
             made, wanted = _part(*ours, part), _part(*theirs, part)
-            found.least[f"formats of {name}"] = _db(made - wanted, wanted)
-            found.most[f"divergence of {name}"] = _divergence(wanted, made).mean(1).tolist()
+            found.least[f"formats of {name}"] = _db(made, wanted)
+            found.most[f"divergence of {name}"] = kl_divergence(wanted, made).mean(1).tolist()
         return found
 
     def backbone(self, sample: Sample, codes: Sequence[Tensor]) -> Measures:
@@ -197,9 +198,9 @@ class Checks:
             ours = torch.stack([layer[alive, :, stored].float() for layer in cache])
             truth = torch.stack([layer[alive].float() for layer in wanted])
             # [layers, rows, KV, positions, head_dim] to rows x positions
-            found.least[name] = _db(*(t.permute(1, 3, 0, 2, 4).flatten(0, 1) for t in (ours - truth, truth)))
+            found.least[name] = _db(*(t.permute(1, 3, 0, 2, 4).flatten(0, 1) for t in (ours, truth)))
         last = made.hidden[alive, -1]
-        hidden = _db(sample.hidden[alive] - last, last)
+        hidden = _db(sample.hidden[alive], last)
         # A position's keys and values are the cause of what comes after it, not of its own frame.
         found.frames = [start + 1 + j for _ in alive for j in range(stop - start)]
         positions = len(found.frames) // max(1, len(alive))
@@ -219,7 +220,7 @@ class Checks:
         alive = sample.alive.nonzero()[:, 0]
         a, b = ours[alive].flatten(0, 1), theirs[alive].flatten(0, 1)
         frames = [start + 1 + j for _ in alive for j in range(stop - start)]
-        return Measures(frames, least={"formats of the backbone": _db(a - b, b)})
+        return Measures(frames, least={"formats of the backbone": _db(a, b)})
 
     def _chunk(self, sample: Sample, codes: Sequence[Tensor]) -> tuple[int, int, tuple[Any, ...]] | None:
         scene, stop = self._scene, sample.frame
@@ -315,17 +316,6 @@ def _part(first: Tensor, others: Tensor, part: slice) -> Tensor:
     return first[:, None].float() if part.start == 0 else others[:, part.start - 1 : part.stop - 1].float()
 
 
-def _db(noise: Tensor, signal: Tensor) -> list[float]:
-    """Signal-to-noise ratio of each entry of the first dimension; minus infinity where anything is not finite."""
-    if not len(noise):
-        return []
-    n, s = (t.double().flatten(1).square().sum(1) for t in (noise, signal))
-    ratio = 10.0 * torch.log10(s / n)  # infinite where there is no noise, NaN where there is neither
-    ratio = torch.where((n == 0) & torch.isfinite(s), float("inf"), ratio)
-    return torch.where(torch.isfinite(n) & torch.isfinite(s), ratio, float("-inf")).tolist()
-
-
-def _divergence(truth: Tensor, other: Tensor) -> Tensor:
-    """KL divergence in nats over the last dimension."""
-    p, q = (t.float().log_softmax(-1) for t in (truth, other))
-    return (p.exp() * (p - q)).nan_to_num(nan=float("inf")).sum(-1).clamp(min=0.0)
+def _db(value: Tensor, truth: Tensor) -> list[float]:
+    """Signal-to-noise ratio of each entry of the first dimension."""
+    return sqnr_db(value.flatten(1), truth.flatten(1)).tolist()

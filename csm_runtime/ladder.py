@@ -202,12 +202,12 @@ def calibrate(model: Any, seat: Seat, size: int, dropped: bool) -> Floors:
     checks = Checks(replay_of(engine, runner), scene(model, seat, runner, length, positions[:, -1], dropped))
     measured, seconds = {}, {}
     for name in CHECKS:
-        measured[name] = [checks.depth(samples, _NOISES) if name == "depth" else checks(name, samples, codes)]
         start = time.perf_counter()
-        again = checks(name, samples[-1:], codes)
+        found = checks(name, samples[-1:] if name == "depth" else samples, codes)
+        if not found.frames and name != "copies":
+            continue  # there is nothing to check
         seconds[name] = time.perf_counter() - start
-        if not again.frames and name != "copies":
-            del seconds[name]  # there is nothing to check
+        measured[name] = [checks.depth(samples, _NOISES) if name == "depth" else found]
     dtype = str(engine.dtype).removeprefix("torch.")
     rounded = min((engine.dtype, engine.kv_dtype), key=lambda one: -torch.finfo(one).eps)
     return floors_of(
