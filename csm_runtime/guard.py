@@ -275,7 +275,10 @@ class Wald:
         worse = min(0.95, _WORSE * healthy)
         gain = differing * math.log(worse / healthy) + (looked - differing) * math.log((1 - worse) / (1 - healthy))
         self.ratio[group] = max(0.0, self.ratio[group] + gain)
-        return differing / looked if self.ratio[group] > _ALARM else None
+        if self.ratio[group] <= _ALARM:
+            return None
+        self.ratio[group] = 0.0  # the test has ended; whoever looks closer decides
+        return differing / looked
 
 
 @dataclass(frozen=True)
@@ -485,7 +488,8 @@ class Watch:
     kept: deque[Any] = field(default_factory=lambda: deque(maxlen=_KEPT))
     _left: int = 0
     _chosen: int = 0
-    _eager: int = 0
+    _closely: int = 0
+    """Frames that are all to be looked at, after a suspicion."""
     _last: float = 0.0
     _passed: dict[str, int] = field(default_factory=dict)
     """The latest frame at which each check found nothing."""
@@ -508,8 +512,8 @@ class Watch:
         self._left -= 1
         sampled = BLOCK - 1 - self._left == self._chosen
         breach = None
-        if sampled or self._eager:
-            self._eager = max(0, self._eager - 1)
+        if sampled or self._closely:
+            self._closely = max(0, self._closely - 1)
             breach = self._verify(sample, codes)
             self.metrics.observe("guard", time.perf_counter() - now)
         self._last = time.perf_counter()
@@ -532,14 +536,14 @@ class Watch:
             guard.pay(name, time.perf_counter() - start)
             if found is None:
                 continue
-            done += 1
+            done += name != "copies"  # which say nothing of the frame
             self.metrics.count(f"guard.checked.{name}")
             if findings:
                 self.metrics.count("guard.suspicions")
                 breach = self._confirmed(name, findings, codes, floors)
                 if breach is not None:
                     return breach
-                self._eager = BLOCK
+                self._closely = BLOCK
             else:
                 self._passed[name] = sample.frame
         self.metrics.count("guard.verified" if done else "guard.skipped")

@@ -195,6 +195,15 @@ def test_walds_test_tells_ten_percent_from_two() -> None:
     assert [tokens_until_alarm(0.02, 5000) for _ in range(100)] == [None] * 100
 
 
+def test_an_alarm_ends_walds_test() -> None:
+    """What a closer look has found to be chance must not be an alarm for ever."""
+    test = Wald({"g": 0.02})
+    alarms = [test.add("g", 8, 32) for _ in range(12)]
+    assert alarms[0] is None
+    assert [alarm for alarm in alarms if alarm is not None] == [0.25] * 6, "every second time: 10.8 each, from nothing"
+    assert test.add("g", 0, 32) is None
+
+
 def test_walds_test_ignores_what_it_was_not_calibrated_for() -> None:
     test = Wald({"g": 0.02})
     assert test.add("other", 100, 100) is None
