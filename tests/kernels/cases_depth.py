@@ -115,7 +115,8 @@ def frame() -> None:
     """What a frame needs beside the two stacks."""
     flag, sync = torch.zeros(1, dtype=torch.bool), torch.zeros(2, dtype=torch.int32)
     ended, codes = torch.zeros(4, dtype=torch.bool), torch.zeros(4, CODEBOOKS, dtype=torch.int64)
-    launch_finish(codes, ended, ints(1), ints(1), ints(1), flag, (sync, sync), flag)
+    flags, faults = torch.zeros(4, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    launch_finish(codes, ended, ints(1), ints(1), ints(1), flag, (sync, sync), flags, faults, (VOCAB, VOCAB))
     launch_advance(torch.ones(4, POSITIONS, dtype=torch.bool), ints(4), ints(4), ints(4))
 
 

@@ -178,3 +178,22 @@ def test_end_of_speech(judged: int, pads: bool, device: torch.device) -> None:
     assert ended.tolist() == [judged == 3, True, False, True]
     assert codes[3].tolist() == ([9] * 4 if pads else [1, 2, 3, 4])
     assert codes[:3].tolist() == [[5, 5, 5, 1], [5, 5, 5, 5], [5, 2, 5, 5]]
+
+
+@pytest.mark.parametrize(("code", "flag", "word"), [(5, 0, 0), (5, 1, 2), (-1, 0, 4), (6, 0, 4), (6, 1, 6)], ids=str)
+def test_what_went_wrong_in_a_frame(code: int, flag: int, word: int, device: torch.device) -> None:
+    """Broken logits and codes out of range in one row of four, judged before an ended row is padded; bits stay."""
+    codes = torch.tensor([[7, 1, 2], [7, 5, 0], [0, 0, 0], [7, 1, 2]], device=device)
+    codes[1, 2] = code
+    ended = torch.tensor([False, True, False, False], device=device)
+    flags, faults = torch.tensor([0, flag, 0, 0], dtype=torch.int32, device=device), torch.zeros(1, dtype=torch.int32)
+    faults = faults.to(device)
+
+    def one(value: Any) -> Tensor:
+        return torch.tensor([value], device=device)
+
+    fine = torch.zeros(2, dtype=torch.int32, device=device)
+    for _ in range(2):
+        launch_finish(codes, ended, one(9), one(3), one(2), one(True), (fine, fine), flags, faults, (8, 6))
+    assert faults.tolist() == [word]
+    assert codes[1].tolist() == [2, 2, 2]
