@@ -470,6 +470,7 @@ class Simulated:
 @pytest.mark.slow
 def test_no_false_alarm_in_a_hundred_thousand_healthy_frames() -> None:
     """Suspicions may come up; that is what the second look is for. No utterance may be interrupted."""
+    torch.set_num_threads(1)  # tensors this small spend their time waking the second one
     simulated = Simulated()
     guard = Guard(GuardConfig(budget=1e9), Metrics())
     made = simulated.floors()
@@ -491,6 +492,7 @@ def test_no_false_alarm_in_a_hundred_thousand_healthy_frames() -> None:
 @pytest.mark.parametrize("precision", ["exact", "balanced", "fast", "smallest"])
 def test_no_false_alarm_while_a_trained_model_speaks(precision: str, dtype: torch.dtype) -> None:
     """Real logits have what simulated ones have not: in bf16 a key may round the other way and cost 50 dB."""
+    torch.set_num_threads(1)
     model = accelerate(
         trained().to(dtype), precision=precision, mode="eager", progress=False, guard=GuardConfig(budget=1e9)
     )
