@@ -228,6 +228,18 @@ def test_the_callers_own_decode_loop(shared: Any) -> None:
         assert int(model.generate(**text_prompt((5, 6)), max_new_tokens=3, custom_generate=loop)[0]) == 2
 
 
+@pytest.mark.parametrize("made", [torch.tensor([2]), torch.zeros(2, 3), torch.zeros(())])
+def test_the_callers_own_decode_loop_while_the_guard_counts_frames(fast: Any, made: Any) -> None:
+    model = fast()
+    guard = model.acceleration.guard
+    guard.rung, guard.reason = "stock", "a test"
+    before = guard.status()
+    assert model.generate(**text_prompt((5,)), max_new_tokens=3, custom_generate=lambda *_, **__: made) is made
+    assert guard.status() == before
+    model.generate(**text_prompt((5,)), **GREEDY, max_new_tokens=3)
+    assert guard._healthy == 3, "stock frames count, what somebody else's loop returns does not"
+
+
 def test_a_call_from_inside_a_call(shared: Any) -> None:
     model, prompt = shared(), text_prompt((5,))
     inner = {}

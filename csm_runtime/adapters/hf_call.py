@@ -240,12 +240,15 @@ def output(request: Request, sequences: Tensor) -> Any:
 
 
 def frames_in(model: Any, made: Any) -> int:
-    """How many frames, over all rows, the stock ``generate`` has returned: as codes, as an output, or as sound."""
-    if isinstance(made, list):
+    """How many frames, over all rows, the stock ``generate`` has returned: as codes, as an output, or as sound.
+
+    0 for whatever else a decode loop of the caller's own returns.
+    """
+    if isinstance(made, list) and all(isinstance(sound, Tensor) for sound in made):
         rate = model.config.codec_config.sampling_rate / model.config.codec_config.frame_rate
         return int(sum(len(sound) for sound in made) / rate)
-    sequences = made if isinstance(made, Tensor) else made.sequences
-    return sequences.shape[0] * sequences.shape[1]
+    sequences = made if isinstance(made, Tensor) else getattr(made, "sequences", None)
+    return sequences.shape[0] * sequences.shape[1] if isinstance(sequences, Tensor) and sequences.ndim == 3 else 0
 
 
 def with_audio(made: Any, sound: Callable[[Tensor], list[Tensor]]) -> Any:
