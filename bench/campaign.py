@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import importlib
 import importlib.metadata
 import os
@@ -68,8 +69,11 @@ _LEAST = 5.0
 def run_stage(spec: Spec, journal: Path, rehearse: bool, limit: float) -> int:
     """One stage in this process; 1 where pieces failed."""
     stage = Stage(journal, rehearse=rehearse, limit=limit)
+    # A stage that hangs is killed from outside, after a limit that imports count in: by then it has said where it hangs.
+    faulthandler.dump_traceback_later(0.75 * limit)
     with stage.prepared():
         importlib.import_module(f"stages.{spec.module}").run(stage)
+    faulthandler.cancel_dump_traceback_later()
     for name, message in stage.failed.items():
         print(f"{name}: {message}", file=sys.stderr)
     return 1 if stage.failed else 0
@@ -117,13 +121,20 @@ def attempt(spec: Spec, state: Path, rehearse: bool, left: float) -> dict[str, A
     found |= {"seconds": time.monotonic() - start, "rehearsal": rehearse, "source": source}
     tail = log.read_text(errors="replace").strip().splitlines()[-3:]
     if code is None:
-        found |= {"status": "timed out", "message": f"stopped after {limit:.0f} s"}
+        found |= {"status": "timed out", "message": f"stopped after {limit:.0f} s", "stacks": stacks(log)}
     elif code == 0:
         found |= {"status": "done", "message": ""}
     else:
         found |= {"status": "failed", "message": f"exit code {code}: {' / '.join(tail)}"[-600:]}
     write_json(journal, found)
     return found
+
+
+def stacks(log: Path) -> list[str]:
+    """What every thread of a stage was doing shortly before it was stopped, without this machine's folders."""
+    _, mark, dump = log.read_text(errors="replace").partition("Timeout (")
+    lines = (mark + dump).replace(f"{ROOT}{os.sep}", "").replace(f"{sys.prefix}{os.sep}", "").splitlines()
+    return lines[:200]
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -95,6 +95,29 @@ def test_a_hang_costs_one_stage_and_not_what_it_had_found(staged: Callable[..., 
         pytest.fail("a process of the stopped stage still runs")
 
 
+def test_a_stage_that_hangs_says_where(bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    hanging = "import sys, time, types\n"
+    hanging += "def stuck(stage):\n    stage.put('first', 1)\n    time.sleep(60)\n"
+    hanging += "sys.modules['stages.stuck'] = types.SimpleNamespace(run=stuck)\n"
+    hanging += (
+        "import campaign\ncampaign.STAGES = (campaign.Spec(10, 'stuck', 20),)\nraise SystemExit(campaign.main())\n"
+    )
+
+    def command(spec: Any, journal: Path, rehearse: bool, limit: float) -> list[str]:
+        own = ["--stage", "10", "--journal", str(journal), "--limit", str(limit), "--rehearse"]
+        return [sys.executable, "-c", hanging, *own]
+
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "bench"))
+    monkeypatch.setattr(bench, "STAGES", (bench.Spec(10, "stuck", 8.0, True),))
+    monkeypatch.setattr(bench, "command", command)
+    out = tmp_path / "result.json"
+    assert bench.main(["--rehearse", "--out", str(out), "--state", str(tmp_path / "state")]) == 1
+    (stage,) = json.loads(out.read_text())["stages"]
+    assert (stage["status"], stage["pieces"]) == ("timed out", {"first": 1})
+    assert any(" in stuck" in line for line in stage["stacks"]), stage["stacks"]
+    assert not any(str(ROOT) in line for line in stage["stacks"])
+
+
 def test_a_failure_is_reported_and_the_others_run(
     staged: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
