@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from numbers import Real
 from pathlib import Path
 from typing import TypeVar
+from urllib.parse import quote
 
 from csm_runtime.comparison import ARMS, BASELINE, CANDIDATE, Comparison, Measured, judge
 
@@ -39,10 +40,25 @@ _SCHEMA = (
     "CREATE TABLE measurements (experiment TEXT, metric TEXT, request TEXT, arm TEXT, value REAL NOT NULL, comment TEXT, "
     "time REAL NOT NULL, PRIMARY KEY (experiment, metric, request, arm)) WITHOUT ROWID",
 )
+_STOPPED = "CREATE TABLE IF NOT EXISTS stopped (experiment TEXT, request TEXT, PRIMARY KEY (experiment, request)) WITHOUT ROWID"
+"""Requests of the candidate that last got the baseline, for share 0; files of version 1 may still lack it."""
 _WAIT_SECONDS = 10.0
 """For another process's write; ours take well under a millisecond."""
+_FORGET_SECONDS = 1.0
+"""For readers to let go of what was forgotten: meanwhile nobody can write."""
 _INHERITED: list[sqlite3.Connection] = []
 """Connections of parent processes."""
+_reopening = threading.Lock()
+"""Held by the thread that opens an experiment's file again after a fork."""
+
+
+def _renew_lock() -> None:
+    global _reopening  # noqa: PLW0603
+    _reopening = threading.Lock()  # a thread that the child does not have may have held it
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
 
 T = TypeVar("T")
 
@@ -54,8 +70,9 @@ class Experiment:
 
     An id's arm is drawn by a stable hash and written down, and it keeps it. So raising the share moves no id off the candidate,
     and requests that were assigned by different shares are compared apart. Share 0 also stops the candidate: every id gets
-    the baseline. What counts as one request is the caller's choice; if one person's requests are alike, or hear of each
-    other, take an id of the person or conversation and record its mean: intervals assume independent ids.
+    the baseline, and what is then measured of the candidate's ids is not counted. What counts as one request is the caller's
+    choice; if one person's requests are alike, or hear of each other, take an id of the person or conversation and record
+    its mean: intervals assume independent ids.
 
     Example::
 
@@ -74,6 +91,7 @@ class Experiment:
         *,
         lower_is_better: Iterable[str] | None = None,
         create: bool = True,
+        read_only: bool = False,
     ) -> None:
         """Open or create.
 
@@ -85,17 +103,25 @@ class Experiment:
             salt: part of the hash, fixed for an experiment; None keeps the file's, "" for a new one.
             lower_is_better: metrics of which less is better, replacing the file's; "seconds" and "failure" always are.
             create: whether a missing file or experiment is made.
+            read_only: for reports: nothing is made or written, whatever ``create`` says, and what would write raises.
 
         Raises:
             ValueError: the file is another one than ours or of another version, an argument is out of range, the salt differs
-                from the file's, or the experiment is missing and ``create`` is False.
-            FileNotFoundError: the folder is missing, or the file and ``create`` is False.
+                from the file's, or the experiment is missing and not to be made.
+            FileNotFoundError: the folder is missing, or the file and it is not to be made.
             sqlite3.OperationalError: the file cannot be opened or written.
         """
-        self.path, self.name = Path(path), _text("name", name)
+        self.path, self.name, self._read_only = Path(path), _text("name", name), read_only
+        create = create and not read_only
         if share is not None:
             share = _share(share)
+        if salt is not None and salt != "":
+            _text("salt", salt)
+        if isinstance(lower_is_better, str | bytes):  # its letters would be the metrics
+            raise ValueError(f"lower_is_better={lower_is_better!r}: wanted a list of names, such as ['kl']")
         lower = None if lower_is_better is None else sorted({_text("lower_is_better", m) for m in lower_is_better})
+        if read_only and (share is not None or lower is not None):
+            raise ValueError("read_only=True: wanted no share and no lower_is_better, which are written to the file")
         if not self.path.parent.is_dir():
             raise FileNotFoundError(f"path={str(path)!r}: there is no folder {self.path.parent}")
         if not create and not self.path.is_file():
@@ -104,16 +130,32 @@ class Experiment:
         """Requests that ``run`` served without writing them down, as the file could not be written."""
         self._open()
         try:
-            with self._transaction() as db:
+            with self._transaction(write=not read_only) as db:
                 self._begin(db, share, salt, lower, create)
         except BaseException:
             self.close()
             raise
 
     def _open(self) -> None:
+        self._db: sqlite3.Connection | None = _connect(self.path, self._read_only)
         self._lock = threading.RLock()
-        self._db: sqlite3.Connection | None = _connect(self.path)
-        self._pid = os.getpid()
+        self._pid = os.getpid()  # last: whoever sees it sees the others
+
+    def _after_fork(self, reopen: bool = True) -> None:
+        """In a forked process, once: leave the parent's connection and lock alone, and open the file again."""
+        if self._pid == os.getpid():
+            return
+        with _reopening:
+            if self._pid == os.getpid():  # another thread was quicker
+                return
+            inherited = self._db
+            if reopen and inherited is not None:
+                self._open()
+            else:
+                self._db, self._lock = None, threading.RLock()
+                self._pid = os.getpid()
+            if inherited is not None:
+                _INHERITED.append(inherited)  # SQLite's connections do not survive a fork, not even to be closed
 
     def _begin(
         self, db: sqlite3.Connection, share: float | None, salt: str | None, lower: list[str] | None, create: bool
@@ -136,32 +178,33 @@ class Experiment:
             db.execute("UPDATE experiments SET lower_is_better = ? WHERE name = ?", (json.dumps(lower), self.name))
 
     @contextmanager
-    def _transaction(self, write: bool = True) -> Iterator[sqlite3.Connection]:
-        """The connection, with everything inside done at once or not at all."""
-        if self._db is not None and self._pid != os.getpid():
-            # SQLite's connections do not survive a fork, not even to be closed: the parent's is kept and left alone
-            _INHERITED.append(self._db)
-            self._open()
+    def _connection(self) -> Iterator[sqlite3.Connection]:
+        """The connection, for one thread at a time."""
+        self._after_fork()
         with self._lock:
             if self._db is None:
                 raise ValueError(f"the experiment {self.name!r} is closed")
-            self._db.execute("BEGIN IMMEDIATE" if write else "BEGIN")
+            yield self._db
+
+    @contextmanager
+    def _transaction(self, write: bool = True) -> Iterator[sqlite3.Connection]:
+        """The connection, with everything inside done at once or not at all."""
+        with self._connection() as db:
+            db.execute("BEGIN IMMEDIATE" if write else "BEGIN")
             try:
-                yield self._db
-                self._db.execute("COMMIT")
+                yield db
+                db.execute("COMMIT")
             except BaseException:
-                if self._db.in_transaction:  # a full disk ends it by itself
-                    self._db.execute("ROLLBACK")
+                if db.in_transaction:  # a full disk ends it by itself
+                    db.execute("ROLLBACK")
                 raise
 
     def close(self) -> None:
         """Close the file; twice is fine."""
+        self._after_fork(reopen=False)
         with self._lock:
             if self._db is not None:
-                if self._pid == os.getpid():
-                    self._db.close()
-                else:
-                    _INHERITED.append(self._db)
+                self._db.close()
             self._db = None
 
     def __enter__(self) -> Experiment:
@@ -197,24 +240,29 @@ class Experiment:
     def _assign(self, request_id: str) -> tuple[str, bool]:
         """The arm to run, and whether it is the one that the request counts for."""
         with self._transaction(write=False) as db:
-            share, arm = self._stored_share(db), self._known_arm(db, request_id)
-        if arm is None:
+            share, arm, stopped = self._stored_share(db), *self._known(db, request_id)
+        if arm is None or stopped != (share == 0 and arm == CANDIDATE):
             with self._transaction() as db:
-                share, arm = self._stored_share(db), self._known_arm(db, request_id)
+                share, arm = self._stored_share(db), self._known(db, request_id)[0]
                 if arm is None:  # still: another process may have been quicker, with another share
                     arm = CANDIDATE if position(self.name, self._salt, request_id) < share else BASELINE
                     values = (self.name, request_id, arm, share, time.time())
                     db.execute("INSERT INTO requests VALUES (?, ?, ?, ?, ?)", values)
+                db.execute("DELETE FROM stopped WHERE experiment = ? AND request = ?", (self.name, request_id))
+                if share == 0 and arm == CANDIDATE:
+                    db.execute("INSERT INTO stopped VALUES (?, ?)", (self.name, request_id))
         run = arm if share > 0 else BASELINE
         return run, run == arm
 
     def _stored_share(self, db: sqlite3.Connection) -> float:
         return float(db.execute("SELECT share FROM experiments WHERE name = ?", (self.name,)).fetchone()[0])
 
-    def _known_arm(self, db: sqlite3.Connection, request_id: str) -> str | None:
+    def _known(self, db: sqlite3.Connection, request_id: str) -> tuple[str | None, bool]:
+        """A request's own arm, and whether it last got the baseline instead."""
         where = (self.name, request_id)
         row = db.execute("SELECT arm FROM requests WHERE experiment = ? AND request = ?", where).fetchone()
-        return None if row is None else str(row[0])
+        stopped = db.execute("SELECT 1 FROM stopped WHERE experiment = ? AND request = ?", where).fetchone()
+        return (None if row is None else str(row[0])), stopped is not None
 
     # -------------------------------------------------------------------------------------------------- recording
 
@@ -223,7 +271,8 @@ class Experiment:
 
         Args:
             request_id: of a request that was assigned.
-            arm: which arm was measured; None is the request's own. Measuring both, by replaying a request, makes a pair.
+            arm: which arm was measured; None is the request's own, and writes nothing if that is the candidate and the request
+                last got the baseline, for share 0. Measuring both, by replaying a request, makes a pair.
             metrics: finite numbers, by name.
 
         Raises:
@@ -248,8 +297,8 @@ class Experiment:
         Raises:
             ValueError: as :meth:`record`, or the comment is no text.
         """
-        if comment is not None and not isinstance(comment, str):
-            raise ValueError(f"comment={comment!r}: wanted text or None")
+        if comment is not None and (not isinstance(comment, str) or not _encodable(comment)):
+            raise ValueError(f"comment={comment!r}: wanted text that UTF-8 can hold, or None")
         self._write(request_id, arm, {_text("kind", kind): (_number("value", value), comment)})
 
     def _write(self, request_id: str, arm: str | None, values: dict[str, tuple[float, str | None]]) -> None:
@@ -257,20 +306,41 @@ class Experiment:
         if arm is not None and arm not in ARMS:
             raise ValueError(f"arm={arm!r}: wanted one of {ARMS}, or None for the request's own")
         with self._transaction() as db:
-            known = self._known_arm(db, request_id)
+            known, stopped = self._known(db, request_id)
             if known is None:
                 raise ValueError(f"request_id={request_id!r} is not in experiment {self.name!r}; call assign() first")
+            if arm is None and stopped:
+                logger.info("experiment %r: %r last got the baseline for share 0, not counted", self.name, request_id)
+                return
             rows = [
                 (self.name, m, request_id, arm or known, v, comment, time.time()) for m, (v, comment) in values.items()
             ]
             db.executemany("INSERT OR REPLACE INTO measurements VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
 
     def forget(self, request_id: str) -> bool:
-        """Remove a request with its metrics, scores and comments; True if there was one."""
-        with self._transaction() as db:
-            where = (self.name, request_id)
-            db.execute("DELETE FROM measurements WHERE experiment = ? AND request = ?", where)
-            return db.execute("DELETE FROM requests WHERE experiment = ? AND request = ?", where).rowcount > 0
+        """Remove a request with its metrics, scores and comments; True if there was one.
+
+        They are overwritten in the file and in its write-ahead log. If others read the log just then it keeps them for now,
+        which is logged as a warning; calling again overwrites them.
+
+        Raises:
+            ValueError: the id is no text or empty.
+        """
+        where = (self.name, _text("request_id", request_id))
+        with self._connection() as db:
+            with self._transaction():
+                for table in ("measurements", "stopped"):
+                    db.execute(f"DELETE FROM {table} WHERE experiment = ? AND request = ?", where)
+                found = db.execute("DELETE FROM requests WHERE experiment = ? AND request = ?", where).rowcount > 0
+            db.execute(f"PRAGMA busy_timeout = {_FORGET_SECONDS * 1000:.0f}")
+            try:
+                (busy, *_) = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            finally:
+                db.execute(f"PRAGMA busy_timeout = {_WAIT_SECONDS * 1000:.0f}")
+        if busy:
+            text = "experiment %r: %s-wal is in use and still holds what was forgotten; call forget() again"
+            logger.warning(text, self.name, self.path)
+        return found
 
     def run(self, request_id: str, baseline: Callable[[], T], candidate: Callable[[], T]) -> T:
         """Assign a request, run its arm, and record ``seconds`` and ``failure`` (0 or 1).
@@ -390,8 +460,6 @@ class Experiment:
             (lower,) = db.execute("SELECT lower_is_better FROM experiments WHERE name = ?", (self.name,)).fetchone()
         if higher_is_better is None:
             higher_is_better = metric not in (*_OWN_METRICS, *json.loads(lower))
-        if higher_is_better is None:
-            higher_is_better = metric not in (*_OWN_METRICS, *json.loads(lower))
         data = Measured(rows)
         pairs = data.are_paired if pairs is None else pairs
         interval, notes = data.interval(pairs, confidence, sequential)
@@ -437,19 +505,29 @@ def report_text(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is none of ours, or there is no such experiment in it.
+        ValueError: it is none of ours, is empty, cannot be read, or there is no such experiment in it.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"path={str(path)!r}: there is no such file")
+    try:
+        return _report_text(Path(path), name, confidence, sequential)
+    except sqlite3.DatabaseError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def _report_text(path: Path, name: str | None, confidence: float, sequential: bool) -> str:
+    names = [name] if name is not None else []
     if name is None:
-        db = _connect(Path(path))
-        names = [row[0] for row in db.execute("SELECT name FROM experiments ORDER BY name")]
-        db.close()
-    else:
-        names = [name]
+        db = _connect(path, read_only=True)
+        try:
+            names = [row[0] for row in db.execute("SELECT name FROM experiments ORDER BY name")]
+        finally:
+            db.close()
+    if not names:
+        raise ValueError(f"{path} holds no experiments")
     blocks = []
     for each in names:
-        with Experiment(path, each, create=False) as experiment:
+        with Experiment(path, each, read_only=True) as experiment:
             counts = experiment.counts()
             head = f"experiment {each}: share {experiment.share:g}, {counts[BASELINE]} + {counts[CANDIDATE]} requests"
             comparisons = experiment.reports(confidence, sequential=sequential)
@@ -457,17 +535,21 @@ def report_text(
     return "\n\n".join(blocks)
 
 
-def _connect(path: Path) -> sqlite3.Connection:
-    """A connection to a file of ours, which is made where there is none or an empty one.
+def _connect(path: Path, read_only: bool = False) -> sqlite3.Connection:
+    """A connection to a file of ours, which is made where there is none or an empty one, unless it is only read.
 
     Raises:
-        ValueError: the file is another one than ours or of another version.
+        ValueError: the file is another one than ours or of another version, or is empty and only read.
     """
-    db = sqlite3.connect(path, timeout=_WAIT_SECONDS, isolation_level=None, check_same_thread=False)
+    # rw makes no file, reads one that is write-protected, and unlike ro leaves no -wal and -shm behind
+    where = f"file:{quote(str(path.absolute()))}?mode=rw" if read_only else path
+    db = sqlite3.connect(where, timeout=_WAIT_SECONDS, isolation_level=None, check_same_thread=False, uri=read_only)
     try:
-        db.execute("BEGIN IMMEDIATE")
+        db.execute("PRAGMA query_only = ON" if read_only else "BEGIN IMMEDIATE")
         (application,), (version,) = (db.execute(f"PRAGMA {p}").fetchone() for p in ("application_id", "user_version"))
         if application == version == 0 and db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone() == (0,):
+            if read_only:
+                raise ValueError(f"{path} holds no experiments: it is empty")
             for statement in _SCHEMA:
                 db.execute(statement)
             db.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
@@ -476,6 +558,9 @@ def _connect(path: Path) -> sqlite3.Connection:
             raise ValueError(f"{path} is an SQLite file of something else, not of experiments")
         elif version != _SCHEMA_VERSION:
             raise ValueError(f"{path} holds experiments of schema version {version}, wanted {_SCHEMA_VERSION}")
+        if read_only:
+            return db
+        db.execute(_STOPPED)
         db.execute("COMMIT")
         if db.execute("PRAGMA journal_mode").fetchone() != ("wal",):
             db.execute("PRAGMA journal_mode = WAL")
@@ -495,7 +580,18 @@ def _connect(path: Path) -> sqlite3.Connection:
 def _text(what: str, value: str) -> str:
     if not isinstance(value, str) or not value:
         raise ValueError(f"{what}={value!r}: wanted a text that is not empty")
+    if not _encodable(value):
+        raise ValueError(f"{what}={value!r}: wanted text that UTF-8 can hold")
     return value
+
+
+def _encodable(text: str) -> bool:
+    """Half a surrogate pair is a character to Python, but not to the file."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _number(what: str, value: float) -> float:

@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import sqlite3
 import subprocess
 import sys
@@ -19,8 +20,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
+import csm_runtime.experiment as module
 from csm_runtime.cli import main
 from csm_runtime.experiment import Experiment, position, report_text
+from csm_runtime.intervals import unpaired
 
 BAD_NUMBERS = [math.nan, math.inf, -math.inf, True, "4", None, 10**400]
 GOLDEN = [0.5448025484863412, 0.21737028533120473, 0.6436500457817046]
@@ -39,7 +42,7 @@ def fill(experiment: Experiment, count: int, value: Callable[[str, int], float],
 
 
 def rows(path: Path, query: str) -> list[tuple[object, ...]]:
-    db = sqlite3.connect(path)
+    db = sqlite3.connect(path, isolation_level=None)
     try:
         return db.execute(query).fetchall()
     finally:
@@ -134,10 +137,53 @@ def test_share_zero_stops_the_candidate_and_keeps_what_was_written(path: Path) -
         assert experiment.assign("r") == "baseline"
         assert experiment.run("r", lambda: "stock", lambda: "fast") == "stock"
         assert rows(path, "SELECT value FROM measurements WHERE metric = 'seconds'") == seconds
-        experiment.score("r", 5)  # of what was heard before: it counts for the candidate
-        assert rows(path, "SELECT arm FROM measurements WHERE metric = 'score'") == [("candidate",)]
         experiment.share = 1
         assert experiment.assign("r") == "candidate"
+
+
+def test_what_the_baseline_sounded_like_is_not_booked_to_a_stopped_candidate(path: Path) -> None:
+    with Experiment(path, share=1.0) as experiment, Experiment(path) as other:
+        ids = [f"r{i}" for i in range(30)]
+        for i in ids:
+            assert experiment.assign(i) == "candidate"
+        experiment.score("r0", 2)
+        experiment.share = 0
+        experiment.score("r1", 3)  # no other audio since: of the candidate
+        for i in ids:
+            assert experiment.run(i, lambda: "stock", lambda: "fast") == "stock"
+            other.score(i, 5)  # what one process served, another is told of
+            other.record(i, noise=1.0)
+        query = "SELECT request, metric, arm, value FROM measurements ORDER BY request"
+        wanted = [("r0", "score", "candidate", 2.0), ("r1", "score", "candidate", 3.0)]
+        assert rows(path, query) == wanted
+        experiment.record("r2", arm="candidate", score=4)  # who says which arm is believed
+        assert rows(path, query)[2:] == [("r2", "score", "candidate", 4.0)]
+        experiment.share = 0.5
+        assert experiment.run("r3", lambda: "stock", lambda: "fast") == "fast"
+        experiment.score("r3", 1)
+        other.score("r4", 1)
+        assert ("r3", "score", "candidate", 1.0) in rows(path, query)
+        assert experiment.report().n_candidate == 4
+        assert other.forget("r4")
+        assert rows(path, "SELECT request FROM stopped WHERE request IN ('r3', 'r4')") == []
+
+
+def test_share_zero_counts_for_the_baseline_what_was_always_the_baselines(path: Path) -> None:
+    with Experiment(path, share=0) as experiment:
+        assert experiment.run("r", lambda: "stock", lambda: "fast") == "stock"
+        experiment.score("r", 5)
+        assert experiment.report().n_baseline == 1
+
+
+def test_files_from_before_stops_were_kept(path: Path) -> None:
+    with Experiment(path, share=1) as experiment:
+        experiment.assign("r")
+    rows(path, "DROP TABLE stopped")
+    assert report_text(path) == "experiment default: share 1, 0 + 1 requests\nnothing was recorded"
+    with Experiment(path, share=0) as experiment:
+        experiment.assign("r")
+        experiment.score("r", 5)
+        assert experiment.metrics() == []
 
 
 def test_the_same_arm_in_every_process(path: Path) -> None:
@@ -199,6 +245,47 @@ def test_forgetting_leaves_nothing_of_the_id(path: Path) -> None:
     assert b"drop" not in path.read_bytes()
 
 
+def in_files(path: Path, text: bytes) -> bool:
+    return any(text in file.read_bytes() for file in path.parent.iterdir())
+
+
+def test_forgetting_reaches_the_log_of_an_open_file(path: Path) -> None:
+    """With enough rows that SQLite has split pages since."""
+    with Experiment(path, share=1) as experiment:
+        ids = [f"drop-{i}" if i % 2 else f"keep-{i}" for i in range(120)]
+        for i in ids:
+            experiment.assign(i)
+            experiment.score(i, 3, f"comment of {i} " + 50 * "long ")
+        assert in_files(path, b"drop-")
+        experiment.share = 0
+        experiment.assign("drop-1")
+        assert all(experiment.forget(i) for i in ids if i.startswith("drop"))
+        assert not in_files(path, b"drop-")
+        assert in_files(path, b"comment of keep-")
+        with pytest.raises(ValueError, match="request_id=''"):
+            experiment.forget("")
+
+
+def test_forgetting_says_if_the_log_is_in_use(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("csm_runtime.experiment._FORGET_SECONDS", 0.02)
+    with Experiment(path) as experiment:
+        experiment.assign("drop")
+        reader = sqlite3.connect(path, isolation_level=None)
+        reader.execute("BEGIN")
+        reader.execute("SELECT * FROM requests").fetchall()
+        assert experiment.forget("drop")
+        assert "still holds what was forgotten" in caplog.text
+        reader.execute("COMMIT")
+        caplog.clear()
+        assert not experiment.forget("drop")
+        assert caplog.text == ""
+        assert not in_files(path, b"drop")
+        reader.close()
+        assert experiment.assign("r") in ("baseline", "candidate")
+
+
 def test_experiments_of_one_file_are_apart(path: Path) -> None:
     with Experiment(path, "one") as one, Experiment(path, "two", share=0.25) as two:
         one.assign("r")
@@ -235,6 +322,18 @@ def test_numbers_of_numpy_are_numbers(path: Path) -> None:
         (lambda e: e.assign(""), "request_id=''"),
         (lambda e: e.assign(7), "request_id=7"),
         (lambda e: e.run(None, int, int), "request_id=None"),
+        (lambda e: e.run("\ud800", int, int), r"request_id='\\ud800': wanted text that UTF-8 can hold"),
+        (lambda e: e.assign("a\udfff"), r"request_id='a\\udfff'"),
+        (lambda e: e.score("r", 1, comment="\ud800"), r"comment='\\ud800': wanted text that UTF-8 can hold"),
+        (lambda e: e.record("r", **{"\ud800": 1.0}), r"metric='\\ud800'"),
+        (lambda e: Experiment(e.path, "\ud800"), r"name='\\ud800'"),
+        (lambda e: Experiment(e.path, "other", salt="\ud800"), r"salt='\\ud800'"),
+        (lambda e: Experiment(e.path, "other", salt=7), "salt=7"),
+        (lambda e: Experiment(e.path, lower_is_better="kl"), r"lower_is_better='kl': wanted a list"),
+        (lambda e: Experiment(e.path, lower_is_better=b"kl"), r"lower_is_better=b'kl': wanted a list"),
+        (lambda e: Experiment(e.path, lower_is_better=["kl", ""]), "lower_is_better=''"),
+        (lambda e: Experiment(e.path, read_only=True, share=0.5), "read_only=True"),
+        (lambda e: Experiment(e.path, read_only=True, lower_is_better=[]), "read_only=True"),
         (lambda e: e.record("r"), "got no metrics"),
         (lambda e: e.record("nobody", seconds=1.0), "request_id='nobody' is not in experiment 'default'"),
         (lambda e: e.record("r", arm="control", seconds=1.0), "arm='control'.*baseline.*candidate"),
@@ -306,6 +405,29 @@ def test_other_files_are_refused_and_left_alone(path: Path) -> None:
     rows(later, "PRAGMA user_version = 2")
     with pytest.raises(ValueError, match="schema version 2, wanted 1"):
         Experiment(later)
+
+
+def test_read_only_reads_only(path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        Experiment(path, read_only=True)
+    assert not path.exists()
+    with Experiment(path, "one", share=1) as experiment:
+        fill(experiment, 20, lambda arm, i: float(i))
+        with Experiment(path, "one", read_only=True) as reader:
+            assert (reader.share, reader.counts()["candidate"]) == (1, 20)
+            fill(experiment, 30, lambda arm, i: float(i))
+            assert reader.report().n_candidate == 30
+            with pytest.raises(sqlite3.OperationalError, match="readonly"):
+                reader.assign("new")
+            with pytest.raises(sqlite3.OperationalError, match="readonly"):
+                reader.share = 0
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"name='two'.*\['one'\]"):
+        Experiment(path, "two", read_only=True)
+    with Experiment(path, "one", read_only=True) as reader:
+        assert reader.metrics() == ["score"]
+    assert path.read_bytes() == before
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
 def test_closed_is_closed(path: Path) -> None:
@@ -388,6 +510,72 @@ def fork_work(experiment: Experiment, index: int) -> None:
         for i in range(100):
             experiment.assign(f"{index}-{i}")
         assert experiment._db is not inherited
+
+
+def in_fork(work: Callable[[], object]) -> bool:
+    """Whether it was done in a forked process, within a minute."""
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    process.join(60)
+    if process.is_alive():
+        process.kill()
+    return process.exitcode == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_threads_of_a_forked_process(path: Path) -> None:
+    """All find the parent's connection at once; one opens the file again, and no other uses what it replaced."""
+
+    def threads() -> None:
+        failed: list[BaseException] = []
+        start = threading.Barrier(8)
+
+        def work(index: int) -> None:
+            try:
+                start.wait(30)
+                for i in range(5):
+                    experiment.assign(f"{index}-{i}")
+            except BaseException as error:
+                failed.append(error)
+
+        workers = [threading.Thread(target=work, args=(index,)) for index in range(8)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        sys.exit(repr(failed) if failed else 0)
+
+    with Experiment(path) as experiment:
+        for _ in range(3):
+            experiment.assign("parent")
+            assert in_fork(threads)
+            assert sum(experiment.counts().values()) == 1 + 40
+            for index in range(8):
+                assert all(experiment.forget(f"{index}-{i}") for i in range(5))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_fork_while_another_thread_writes(path: Path) -> None:
+    """The child has the lock as the thread held it, but not the thread."""
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with experiment._transaction(), module._reopening:
+            held.set()
+            done.wait(60)
+
+    with Experiment(path) as experiment, Experiment(path) as closed:
+        closed.close()
+        writer = threading.Thread(target=hold)
+        writer.start()
+        held.wait(60)
+        try:
+            assert in_fork(experiment.close)
+            assert in_fork(closed.close)
+        finally:
+            done.set()
+            writer.join()
+        assert experiment.assign("r") in ("baseline", "candidate")
 
 
 # -------------------------------------------------------------------------------------------------------------- run
@@ -507,7 +695,7 @@ def test_verdicts(path: Path) -> None:
         assert experiment.report("score", higher_is_better=False, margin=2).not_worse is True
 
 
-def test_a_report_is_scipys(path: Path) -> None:
+def test_a_report_is_that_of_its_arms(path: Path) -> None:
     spread = np.random.default_rng(1).gamma(2, 1, 100)
     with Experiment(path, share=0.3) as experiment:
         fill(experiment, 100, lambda arm, i: spread[i])
@@ -515,7 +703,9 @@ def test_a_report_is_scipys(path: Path) -> None:
         arms = [
             [spread[i] for i in range(100) if experiment.assign(f"r{i}") == arm] for arm in ("baseline", "candidate")
         ]
-    wanted = stats.ttest_ind(arms[1], arms[0], equal_var=False).confidence_interval(0.9)
+    welch = stats.ttest_ind(arms[1], arms[0], equal_var=False).confidence_interval(0.9)
+    assert 1 <= (report.high - report.low) / (welch.high - welch.low) < 1.05
+    wanted = unpaired([(arms[0], arms[1])], 0.9)
     assert (report.low, report.high) == pytest.approx((wanted.low, wanted.high), rel=1e-9)
     assert (report.mean_baseline, report.mean_candidate) == pytest.approx((np.mean(arms[0]), np.mean(arms[1])))
     assert (report.n_baseline, report.n_candidate, report.method) == (len(arms[0]), len(arms[1]), "Welch t")
@@ -605,6 +795,15 @@ def test_nothing_and_no_variance_are_undecided(path: Path) -> None:
         assert report.to_dict()["difference"] == pytest.approx(0.2)
 
 
+@pytest.mark.parametrize("scale", [1e200, 1e307])
+def test_numbers_whose_squares_are_none(path: Path, scale: float) -> None:
+    with Experiment(path) as experiment:
+        fill(experiment, 100, lambda arm, i: scale * (1 + i % 3 + 2 * (arm == "candidate")))
+        report = experiment.report()
+        assert (report.verdict, report.difference / scale) == ("better", pytest.approx(2, abs=0.5))
+        assert "better" in report_text(path)
+
+
 def test_text(path: Path) -> None:
     with Experiment(path, "int8", share=0.4) as experiment:
         fill(experiment, 50, lambda arm, i: float(i % 2))
@@ -637,3 +836,27 @@ def test_the_command_line_reports(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["ab-report", str(path), "--name", "two"]) == 2
     assert "one" in capsys.readouterr().err
     assert main(["ab-report", str(tmp_path / "none")]) == 2
+    assert "no such file" in capsys.readouterr().err
+
+
+def test_the_command_line_says_what_is_wrong_with_a_file(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Experiment(path) as experiment:
+        fill(experiment, 300, lambda arm, i: float(i))
+    whole = path.read_bytes()
+    rows(path, "DELETE FROM experiments")
+    for content, wanted in (
+        (b"", "holds no experiments: it is empty"),
+        (path.read_bytes(), "holds no experiments"),
+        (b"RIFF" + bytes(5000), "is no file of experiments"),
+        (whole[: len(whole) // 2], "cannot be read|is no file of experiments"),
+    ):
+        path.write_bytes(content)
+        assert main(["ab-report", str(path)]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert re.search(f"csm-accelerate: error: .*({wanted})", err)
+        assert path.read_bytes() == content
+        assert [file.name for file in path.parent.iterdir()] == [path.name]
+    path.write_bytes(b"")
+    assert main(["ab-report", str(path), "--name", "one"]) == 2
+    assert "it is empty" in capsys.readouterr().err

@@ -21,6 +21,15 @@ DRAWS: dict[str, Draw] = {
 }
 
 
+UNEVEN: dict[str, Draw] = {
+    "one or five stars": lambda rng, n: rng.choice([1.0, 5], p=[0.05, 0.95], size=n),
+    "a few bad stars": lambda rng, n: rng.choice([1.0, 2, 3, 5], p=[0.01, 0.02, 0.02, 0.95], size=n),
+    "long waits": lambda rng, n: rng.lognormal(0, 1, n),
+    "stalls": lambda rng, n: rng.normal(1, 0.1, n) + 5 * (rng.random(n) < 0.03),
+}
+"""What a small arm may show nothing of."""
+
+
 def holds(interval: Interval, truth: float) -> bool:
     return interval.low <= truth <= interval.high
 
@@ -46,12 +55,30 @@ def test_quantiles_out_of_range(probability: float, df: float, name: str) -> Non
 # ------------------------------------------------------------------------------------ against scipy and the papers
 
 
+def floored(b: np.ndarray, c: np.ndarray, confidence: float) -> tuple[float, float]:
+    """Welch's interval with each arm's variance estimated from as many more values of the common one as four times the
+    kurtosis, where that is larger."""
+    within = np.concatenate([b - b.mean(), c - c.mean()])
+    common = (within**2).sum() / (len(within) - 2)
+    more = 4 * stats.kurtosis(within, fisher=False)
+    squares = []
+    for arm in (b, c):
+        own, df = arm.var(ddof=1), len(arm) - 1
+        squares.append(max(own, (df * own + more * common) / (df + more)) / len(arm))
+    df = sum(squares) ** 2 / (squares[0] ** 2 / (len(b) - 1) + squares[1] ** 2 / (len(c) - 1))
+    half = stats.t.ppf((1 + confidence) / 2, df) * math.sqrt(sum(squares))
+    return c.mean() - b.mean() - half, c.mean() - b.mean() + half
+
+
 @pytest.mark.parametrize(("m", "n"), [(10, 10), (10, 300), (50, 20)])
-def test_welch_and_student_are_scipys(m: int, n: int) -> None:
+def test_welch_and_student_against_scipy(m: int, n: int) -> None:
     rng = np.random.default_rng(0)
     b, c = rng.normal(5, 1, m), rng.normal(4, 3, n)
-    wanted = stats.ttest_ind(c, b, equal_var=False).confidence_interval(0.99)
     got = unpaired([(b.tolist(), c.tolist())], 0.99)
+    assert (got.low, got.high) == pytest.approx(floored(b, c, 0.99), rel=1e-9)
+    even = (b - b.mean()) * c.std(ddof=1) / b.std(ddof=1)  # of one variance: nothing is raised
+    wanted = stats.ttest_ind(c, even, equal_var=False).confidence_interval(0.99)
+    got = unpaired([(even.tolist(), c.tolist())], 0.99)
     assert (got.low, got.high) == pytest.approx((wanted.low, wanted.high), rel=1e-9)
     pairs = min(m, n)
     wanted = stats.ttest_rel(c[:pairs], b[:pairs]).confidence_interval(0.9)
@@ -59,14 +86,37 @@ def test_welch_and_student_are_scipys(m: int, n: int) -> None:
     assert (got.low, got.high) == pytest.approx((wanted.low, wanted.high), rel=1e-9)
 
 
+def test_the_floor_fades_as_the_arms_grow() -> None:
+    """A candidate steadier than the baseline, with a ninth of its requests."""
+    rng = np.random.default_rng(13)
+    for size, least, most in ((10, 1.5, 4.0), (10_000, 1.0, 1.02)):
+        b, c = rng.normal(0, 1, 9 * size), rng.normal(0, 0.3, size)
+        welch = stats.ttest_ind(c, b, equal_var=False).confidence_interval(0.95)
+        got = unpaired([(b.tolist(), c.tolist())], 0.95)
+        assert least < (got.high - got.low) / (welch.high - welch.low) < most
+
+
 def test_scale_and_offset_change_nothing() -> None:
     """Microseconds on top of a large number, and squares that vanish."""
     rng = np.random.default_rng(1)
     b, c = rng.normal(0, 1, 30), rng.normal(0.5, 1, 40)
     plain = unpaired([(b.tolist(), c.tolist())], 0.95)
-    for scale, offset in ((1e-150, 0.0), (1e150, 0.0), (1.0, 1e9)):
-        got = unpaired([((b * scale + offset).tolist(), (c * scale + offset).tolist())], 0.95)
-        assert (got.low / scale, got.high / scale) == pytest.approx((plain.low, plain.high), rel=1e-5)
+    pairs = paired(b.tolist(), c[:30].tolist(), 0.95)
+    for scale, offset in ((1e-300, 0.0), (1e-150, 0.0), (1e200, 0.0), (1e307, 0.0), (1.0, 1e9)):
+        many, few = (b * scale + offset).tolist(), (c * scale + offset).tolist()
+        for got, wanted in ((unpaired([(many, few)], 0.95), plain), (paired(many, few[:30], 0.95), pairs)):
+            assert (got.low / scale, got.high / scale) == pytest.approx((wanted.low, wanted.high), rel=1e-5)
+            assert got.mean_candidate / scale == pytest.approx(wanted.mean_candidate + offset)
+
+
+def test_the_largest_numbers() -> None:
+    """Sums and squares of which are no floats any more."""
+    b, c = [1.7e308, -1.7e308, 1.2e308] * 5, [1.7e308, 1.6e308, -1e308] * 5
+    for got in (unpaired([(b, c)], 0.95), paired(b, c, 0.95), unpaired([(b, c[:6])], 0.95)):
+        assert got.low <= 0 <= got.high
+        assert math.isfinite(got.mean_baseline) and math.isfinite(got.mean_candidate)
+    apart = unpaired([(b, c), ([1e200, 2.0, 3.0] * 5, [1.0] * 14 + [2.0])], 0.95)
+    assert (apart.strata, apart.low <= 0 <= apart.high) == (2, True)
 
 
 def ones(count: int, size: int) -> list[float]:
@@ -87,6 +137,20 @@ def test_newcombe_unpaired(candidate: tuple[int, int], baseline: tuple[int, int]
     got = unpaired([(ones(*baseline), ones(*candidate))], 0.95)
     assert (round(got.low, 4), round(got.high, 4)) == (low, high)
     assert got.method == "Newcombe"
+
+
+@pytest.mark.parametrize(("low", "high"), [(1.0, 5.0), (-3.0, 0.0), (0.1, 0.3), (1e200, 3e200)])
+def test_two_values_are_shares_whatever_they_are(low: float, high: float) -> None:
+    bits, other = ones(12, 40), ones(33, 40)
+    b, c = ([high if bit else low for bit in arm] for arm in (bits, other))
+    for got, wanted in (
+        (unpaired([(b, c)], 0.95), unpaired([(bits, other)], 0.95)),
+        (paired(b, c, 0.95), paired(bits, other, 0.95)),
+    ):
+        assert got.method == wanted.method and "Newcombe" in got.method
+        step = high - low
+        assert (got.low / step, got.high / step) == pytest.approx((wanted.low, wanted.high))
+        assert got.mean_candidate == pytest.approx(np.mean(c))
 
 
 def test_newcombe_against_scipys_wilson() -> None:
@@ -183,6 +247,43 @@ def test_coverage(name: str) -> None:
         pairs += holds(paired(b, c, 0.95), shift)
     assert 0.93 <= apart / count <= 0.985
     assert 0.93 <= pairs / count <= 0.985
+
+
+def test_an_arm_without_the_rare_value_proves_nothing() -> None:
+    """Nobody of 10 was unhappy, 4 of 90 were: Welch's interval is [0.02, 0.34]."""
+    for bad in ([1.0] * 4, [1.0, 1.0, 1.0, 2.0]):
+        assert holds(unpaired([([5.0] * 86 + bad, [5.0] * 10)], 0.95), 0.0)
+        assert holds(unpaired([([5.0] * 10, [5.0] * 86 + bad)], 0.95, sequential=True), 0.0)
+    assert not holds(unpaired([([5.0] * 30 + [1.0] * 60, [5.0] * 30)], 0.95), 0.0)
+
+
+def test_one_of_few_proves_nothing() -> None:
+    """One failure among 10 requests, ten among 990: Newcombe's own interval is [0.008, 0.39]."""
+    assert holds(unpaired([(ones(10, 990), ones(1, 10))], 0.95), 0.0)
+    assert holds(unpaired([(ones(980, 990), ones(9, 10))], 0.95), 0.0)
+    assert unpaired([(ones(10, 990), ones(8, 10))], 0.95).low > 0
+
+
+@pytest.mark.parametrize("name", list(UNEVEN))
+def test_unequal_arms_without_a_difference(name: str) -> None:
+    """Welch's alone finds one in 11 to 40 % of these."""
+    rng, count = np.random.default_rng(11), 250
+    for m, n in ((90, 10), (200, 20)):
+        draws = ((UNEVEN[name](rng, m).tolist(), UNEVEN[name](rng, n).tolist()) for _ in range(count))
+        found = sum(not holds(unpaired([draw], 0.95), 0.0) for draw in draws)
+        assert found / count < 0.085, (m, n)
+
+
+@pytest.mark.parametrize("name", ["one or five stars", "a few bad stars"])
+def test_peeking_at_a_small_share(name: str) -> None:
+    """Of 40 experiments, sequential Welch intervals find a difference in 6."""
+    rng = np.random.default_rng(12)
+    found = 0
+    for _ in range(40):
+        values, arm = UNEVEN[name](rng, 1500), rng.random(1500) < 0.1
+        looks = ((values[:n][~arm[:n]].tolist(), values[:n][arm[:n]].tolist()) for n in range(50, 1501, 50))
+        found += any(not holds(unpaired([look], 0.95, sequential=True), 0.0) for look in looks)
+    assert found <= 1
 
 
 def test_coverage_of_correlated_thumbs() -> None:
