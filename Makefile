@@ -5,13 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 RACE := .venv-race
 ARGS ?=
+JOBS ?= 2
 
 .PHONY: help demo train-demo test lint budgets race-check sanitize clean
 
 help:
 	@echo "make demo    stock against accelerated CSM: a table, and WAV, JSON and PNG in demo_out; ARGS=\"--model ...\""
 	@echo "make train-demo   train a small CSM on real speech within 15 minutes; ARGS=\"--minutes 10 --out folder\""
-	@echo "make test    the test suite; ARGS=\"-k name\""
+	@echo "make test    the test suite in JOBS=2 processes; ARGS=\"-k name\""
 	@echo "make lint    ruff and mypy"
 	@echo "make budgets      compile every kernel for every GPU target and rewrite the budgets; read the difference"
 	@echo "make race-check   kernel tests under ttsem, which finds races and stray accesses without a GPU; own environment"
@@ -25,8 +26,8 @@ train-demo: $(VENV)/.installed-train
 	$(BIN)/python examples/train_demo.py $(ARGS)
 
 test: $(VENV)/.installed-dev
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels $(ARGS) || [ $$? -eq 5 ]
-	$(BIN)/python -m pytest $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels -n $(JOBS) $(ARGS) || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -8,7 +8,7 @@ import threading
 import time
 import types
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -258,13 +258,17 @@ class Acceleration:
         engine = self._engine
         packed = engine.packed
         assert packed is not None
+        codec = (
+            hf.codec_size(self._model)[0],
+            CodecPath.bytes_in(self._model.codec_model, self.policy.format_of("codec")),
+        )
         return Report(
             model=type(self._model).__name__,
             device=str(engine.device),
             dtype=str(engine.dtype).removeprefix("torch."),
             mode=engine.mode,
             policy=self.policy.name,
-            zones=zone_table(packed, self._weights, (engine.kv_dtype, engine.kv_bytes()), hf.codec_size(self._model)),
+            zones=zone_table(packed, self._weights, (engine.kv_dtype, engine.kv_bytes()), codec),
             copied_bytes=self._weights.copied_bytes()
             + engine.fused_bytes()
             + (self._codec.bytes() if self._codec else 0),
@@ -290,17 +294,28 @@ class Acceleration:
             Every measure beyond its limit, as at the incident if nothing has changed; nothing where all is well.
 
         Raises:
-            ValueError: the event kept no frames, or is of a model of another shape, or this one cannot be verified.
+            ValueError: the event kept no frames, or is of a model of another shape or another policy, or this one cannot be
+                verified.
         """
+        if event.policy != self.policy.name:
+            raise ValueError(
+                f"event {event.id} happened under the policy {event.policy!r}, this model has {self.policy.name!r}: its limits "
+                f"are others; accelerate(model, precision=...) as it was then"
+            )
+        if event.rung == STOCK:
+            raise ValueError(f"event {event.id} happened on the stock path, which has no limits")
         with self._lock, plain_mode():
             self._refresh()
             size = min(self._warm, default=1)
-            seat = self._seat(FAST, size)
-            if FAST not in self.guard.floors:
-                self._calibrate(FAST, seat, size)
-            if FAST not in self.guard.floors:
-                raise ValueError(f"the guard has no limits for this model: {self.guard.reason or self.notes[-1]}")
-            return ladder.replay_event(self._model, seat, event, self.guard.floors[FAST], self._dropped)
+            seat = self._seat(event.rung, size)
+            if event.rung not in self.guard.floors:
+                try:
+                    self.guard.set_floors(event.rung, ladder.calibrate(self._model, seat, size, self._dropped))
+                except ArithmeticError as error:
+                    raise ValueError(
+                        f"the guard has no limits for rung {event.rung!r} of this model: {error}"
+                    ) from error
+            return ladder.replay_event(self._model, seat, event, self.guard.floors[event.rung], self._dropped)
 
     def restore(self) -> None:
         """Give the stock model back: same outputs as before, nothing of ours left on it.
@@ -383,7 +398,7 @@ class Acceleration:
             self.metrics.count("engine.rebuilt")
         packed, stale = self._weights.refresh(hf.live_weights(model), advance)
         if stale:
-            self.guard.floors.clear()
+            self.guard.forget_floors()
             self.metrics.count("weights.repacked", len(stale))
             logger.info("%d packed weights were stale and have been packed again", len(stale))
         if self._engine.bind(packed):
@@ -433,7 +448,7 @@ class Acceleration:
         """What was made for an engine that is no more."""
         self._warm.clear()
         self._seats.clear()
-        self.guard.floors.clear()
+        self.guard.forget_floors()
 
     def _fast_seat(self) -> Seat:
         return Seat(self._engine, self._passes, self._weights)
@@ -462,11 +477,13 @@ class Acceleration:
                 raise
             self._distrust(Breach(f"calibration: {error}", "calibration", 0), 0, 0, {})
         except Exception as error:
-            note = f"the guard cannot verify frames here: {type(error).__name__}: {str(error).strip()[:200]}"
-            self.notes.append(note)
+            why = f"{type(error).__name__}: {str(error).strip()[:200]}"
+            note = f"the guard cannot verify frames on rung {rung!r}: {why}"
+            if note not in self.notes:
+                self.notes.append(note)
             logger.warning(note, exc_info=True)
             self.metrics.fault(note)
-            self.guard.config = replace(self.guard.config, verify=False)
+            self.guard.unverifiable[rung] = why
         finally:
             seat.engine.metrics = metrics
         self.metrics.setup_seconds[f"calibrate.{rung}"] = time.perf_counter() - start
@@ -492,6 +509,14 @@ class Acceleration:
         if torch.is_autocast_enabled(self._engine.device.type):
             return "autocast"
         return None
+
+    def _cannot_follow(self, error: Exception) -> None:
+        """The weights could not be brought up to date: the stock path has them, and every later call until rearm()."""
+        what = f"{type(error).__name__}: {str(error).strip()[:500]}"
+        self.metrics.fault(what)
+        memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        breach = Breach(f"the weights could not be followed: {what}", "memory" if memory else "exception", 0)
+        self.guard.step_down(breach, STOCK, self._event(breach, 0, 0, STOCK, {}), error)
 
     def _went_stock(self, reason: str) -> None:
         if self.metrics.stock_path(reason):
@@ -627,7 +652,7 @@ class Acceleration:
         size = bucket_for(rows)
         assert size is not None
         seat = self._seat(rung, size)
-        if self.guard.config.verify and rung not in self.guard.floors:
+        if self.guard.config.verify and rung not in self.guard.floors and rung not in self.guard.unverifiable:
             self._calibrate(rung, seat, size)
             if self.guard.rung != rung:
                 raise ArithmeticError(self.guard.reason)
@@ -657,6 +682,7 @@ class Acceleration:
         if not self.guard.config.verify or rung not in self.guard.floors:
             return seat.engine, runner, None
         last = request.positions[:, -1].expand(rows)
-        scene = ladder.scene(self._model, seat, runner, request.input_ids.shape[1], last, self._dropped)
+        length, first = request.input_ids.shape[1], made.shape[1]
+        scene = ladder.scene(self._model, seat, runner, length, last, self._dropped, first)
         checks = Checks(ladder.replay_of(seat.engine, runner), scene, self.guard.floors[rung].ties)
-        return seat.engine, runner, Watch(self.guard, rung, checks, self.metrics, first=made.shape[1])
+        return seat.engine, runner, Watch(self.guard, rung, checks, self.metrics, first=first)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -52,9 +53,29 @@ class Figures:
         return {name: value if math.isfinite(value) else str(value) for name, value in asdict(self).items()}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Figures:
-        """The inverse of :meth:`to_dict`."""
-        return cls(**{name: float(value) for name, value in data.items()})
+    def from_dict(cls, data: Any) -> Figures:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: other fields, or a figure that cannot be.
+        """
+        names = tuple(one.name for one in fields(cls))
+        if not isinstance(data, Mapping) or set(data) != set(names):
+            raise ValueError(f"figures must be {names}, got {sorted(data) if isinstance(data, Mapping) else data!r}")
+        least = {"kl_nats": 0.0, "top1": 0.0, "near": 0.0, "sqnr_db": -math.inf}
+        most = {"kl_nats": math.inf, "top1": 1.0, "near": 1.0, "sqnr_db": math.inf}
+        values = {name: _number(value) for name, value in data.items()}
+        for name, value in values.items():
+            if not least[name] <= value <= most[name]:
+                raise ValueError(f"{name} must be from {least[name]:g} to {most[name]:g}, got {data[name]!r}")
+        return cls(**values)
+
+
+def _number(value: Any) -> float:
+    """A figure as :meth:`Figures.to_dict` writes it; NaN for whatever else."""
+    if value in ("inf", "-inf") or (type(value) in (int, float) and abs(value) <= sys.float_info.max):
+        return float(value)
+    return math.nan
 
 
 Fidelity = dict[str, Figures]
@@ -83,8 +104,8 @@ class Thresholds:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if not isinstance(value, (int, float)) or not value >= 0:
-                raise ValueError(f"thresholds: {name} must be a number of at least 0, got {value!r}")
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= sys.float_info.max:
+                raise ValueError(f"thresholds: {name} must be a finite number of at least 0, got {value!r}")
             if name.startswith("min_") and value > 1:
                 raise ValueError(f"thresholds: {name} is a share, at most 1, got {value!r}")
 
@@ -110,9 +131,12 @@ class Thresholds:
         """The limit of one group's KL divergence."""
         return self.max_kl0 if group == _STRICT else self.max_kl
 
-    def excess(self, found: Fidelity) -> dict[str, str]:
-        """What does not hold, in words, by group of codebooks; empty where all of it holds."""
-        out: dict[str, str] = {}
+    def excess(self, found: Fidelity, codebooks: int = 2) -> dict[str, str]:
+        """What does not hold, in words, by group of codebooks; empty where all of it holds.
+
+        A group that a model with this many codebooks has, and that nothing was measured of, does not hold.
+        """
+        out = {group: f"nothing was measured of {group}" for group in groups(codebooks) if group not in found}
         for group, one in found.items():
             least = self.min_top1_0 if group == _STRICT else self.min_top1
             if not one.kl_nats <= self.max_kl_of(group):
@@ -166,6 +190,26 @@ class Calibration:
             unknown = set(prompt) - set(_INPUTS)
             if unknown:
                 raise ValueError(f"calibration: a prompt may hold {_INPUTS}, got {sorted(unknown)[0]!r} as well")
+            _check_prompt(prompt)
+
+
+def _check_prompt(prompt: Mapping[str, Any]) -> None:
+    for name, value in prompt.items():
+        if not isinstance(value, Tensor) and (value is not None or name == "input_ids"):
+            raise ValueError(f"calibration: {name} of a prompt must be a tensor, got {type(value).__name__}")
+    ids = prompt["input_ids"]
+    if ids.ndim not in (2, 3) or ids.numel() == 0:
+        raise ValueError(
+            "calibration: input_ids of a prompt must be [N, T], or [N, T, codebooks], of at least one row and one token, "
+            f"got {tuple(ids.shape)}"
+        )
+    for name in ("attention_mask", "input_values_cutoffs"):
+        value, wanted = prompt.get(name), ids.shape[: 2 if name == "attention_mask" else 1]
+        if value is not None and value.shape[: len(wanted)] != wanted:
+            raise ValueError(
+                f"calibration: {name} of a prompt must begin with {tuple(wanted)} as input_ids does, got "
+                f"{tuple(value.shape)}"
+            )
 
 
 _INPUTS = ("input_ids", "attention_mask", "input_values", "input_values_cutoffs", "codes")

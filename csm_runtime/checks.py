@@ -22,6 +22,8 @@ from csm_runtime.weights import Packed
 
 _LONGEST_CHUNK = 32
 """Frames that one pass through the backbone checks at most."""
+_LEAST_BOOKS = 7
+"""A group of fewer codebooks is drawn with more noises in calibration."""
 _MOST_EVIDENCE = 64 << 20
 """Bytes of keys and values that an event takes along."""
 
@@ -83,6 +85,8 @@ class Scene:
     """``[B, C]`` bool."""
     prompt: int
     """Cached positions of the prompt; frame ``j`` goes to slot ``prompt + j``."""
+    first: int
+    """The first frame of these decode steps: what is cached of those before it comes from a prefill by the stock layers."""
     position: Tensor
     """``[N]`` int64, rotary position of the prompt's last position."""
     params: tuple[SamplingParams, SamplingParams]
@@ -150,6 +154,8 @@ class Checks:
     ) -> tuple[tuple[int, int], list[float]]:
         scene, count = self._scene, wanted.shape[1]
         params = SamplingParams(*(t[rows.row] for t in scene.params[0 if part.start == 0 else 1]))
+        if noises > 1:  # a group of one codebook would say little of how rarely its tokens differ
+            noises *= max(1, _LEAST_BOOKS // count)
         near = torch.full((count,), tolerance, device=ours.device)
         differing, looked, margins = 0, 0, torch.zeros(len(rows.frames), device=ours.device)
         for number in range(noises):
@@ -224,8 +230,8 @@ class Checks:
 
     def _chunk(self, sample: Sample, codes: Sequence[Tensor]) -> tuple[int, int, tuple[Any, ...]] | None:
         scene, stop = self._scene, sample.frame
-        start = max(0, stop - _LONGEST_CHUNK)
-        if stop == start:
+        start = max(scene.first, stop - _LONGEST_CHUNK)
+        if stop <= start:
             return None
         rows, past = sample.codes.shape[0], scene.prompt + start
         fed = torch.stack(list(codes[start:stop]), dim=1)
@@ -244,6 +250,7 @@ class Checks:
         for name in ("hidden", "codes", "first_logits", "logits", "alive"):
             out[name] = torch.stack([getattr(sample, name) for sample in samples])
         out["frame"] = torch.tensor([sample.frame for sample in samples])
+        out["first_frame"] = torch.tensor([scene.first])
         for whose, params in zip(("first", "other"), scene.params):
             out |= {f"{whose}.{name}": value[:rows] for name, value in params._asdict().items()}
         out |= {"seed": scene.seed[:rows], "utterance": scene.utterance[:rows], "position": scene.position}
@@ -274,11 +281,12 @@ def scene_of(evidence: dict[str, Tensor], scene: Scene) -> tuple[Scene, list[Sam
         packed=scene.packed,
         stock=scene.stock,
         stock_logits=scene.stock_logits,
-        corrupted=lambda: [],
+        corrupted=scene.corrupted,
         keys=list(at["keys"]) if "keys" in at else [],
         values=list(at["values"]) if "values" in at else [],
         allowed=at.get("allowed", at["alive"]),
         prompt=prompt,
+        first=int(at.get("first_frame", torch.zeros(1))),
         position=at["position"],
         params=(params[0], params[1]),
         seed=at["seed"],

@@ -113,6 +113,23 @@ class CodecPath:
         tensors = {id(x): x for x in (*self._copy.parameters(), *self._copy.buffers(), *tables)}
         return sum(x.nbytes for x in tensors.values())
 
+    @staticmethod
+    def bytes_in(codec: nn.Module, format: str) -> int:
+        """Bytes of the codec that decodes in a format, whether its copy has been made or not.
+
+        All of the stock codec's parameters with ``"keep"`` and with the dtype it has; otherwise what :meth:`bytes` says once
+        there is a copy, which is of the decoding half alone.
+        """
+        if format == "keep" or DTYPES[format] == codec.dtype:
+            return sum(parameter.nbytes for parameter in codec.parameters())
+        half = [part for name, part in codec.named_children() if name not in _ENCODING_ONLY]
+        modules: Any = {id(module): module for part in half for module in part.modules()}.values()
+        tables = {id(x): x for module in modules if hasattr(module, "_embed") for x in [module.embed_sum]}
+        kept = {id(x): x for m in modules if not hasattr(m, "_embed") for x in m.buffers(recurse=False)}
+        cast = {id(parameter): parameter for part in half for parameter in part.parameters()}
+        numbers = sum(x.numel() for x in (*tables.values(), *cast.values()))
+        return numbers * DTYPES[format].itemsize + sum(x.nbytes for x in kept.values())
+
     @torch.no_grad()
     def decode(self, rows: Sequence[Tensor]) -> list[Tensor]:
         """Sound of each row.

@@ -14,7 +14,7 @@ from torch import Tensor
 from csm_runtime.adapters import hf_call
 from csm_runtime.checks import Sample
 from csm_runtime.engine import Engine, Trace
-from csm_runtime.guard import Breach, Watch
+from csm_runtime.guard import Breach, Interrupted, Watch
 from csm_runtime.kv import Fault
 from csm_runtime.metrics import Metrics
 
@@ -210,11 +210,11 @@ class DecodeLoop:
         self._mailbox = _Mailbox(self._lag + 1, rows, codebooks, engine.device)
 
     def _say(self, fault: Exception) -> None:
-        """Count a fault and, the first time, log it."""
+        """Count a fault and log it, with its traceback the first time."""
         what = f"{type(fault).__name__}: {fault}"
-        if self._metrics.fault(what):
-            after = "after the end of speech" if self.complete else "a safer path goes on until guard.rearm()"
-            logger.warning("the fast path failed at frame %d, %s: %s", len(self.frames), after, what, exc_info=fault)
+        trace = fault if self._metrics.fault(what) else None
+        after = "after the end of speech" if self.complete else "a safer path goes on until guard.rearm()"
+        logger.warning("the fast path failed at frame %d, %s: %s", len(self.frames), after, what, exc_info=trace)
 
     def _launch(self) -> None:
         """Enqueue one frame and the copies of what the host wants of it; nothing here waits for the device."""
@@ -229,6 +229,8 @@ class DecodeLoop:
             frame = _Frame(codes, state.ended[:rows].clone(), state.faults.clone(), trace)
             self._mailbox.post(index, frame)
             self._in_flight.append(frame)
+        except Interrupted:  # calibration has failed, and fallback is forbidden
+            raise
         except Exception as error:  # whatever broke, the caller's audio goes on
             self._fault = error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import time
 import uuid
@@ -49,6 +50,7 @@ class GuardEvent:
     def to_dict(self) -> dict[str, Any]:
         """Everything but the tensors, whose shapes stand for them."""
         data = {name: value for name, value in asdict(self).items() if name != "tensors"}
+        data["findings"] = [{k: _in_json(v) for k, v in finding.items()} for finding in self.findings]
         return {"version": _VERSION, **data, "tensors": {name: list(t.shape) for name, t in self.tensors.items()}}
 
     def save(self, folder: str | Path) -> Path:
@@ -82,6 +84,11 @@ class GuardEvent:
             raise ValueError(f"{path} is an incident of version {version}, wanted {_VERSION}")
         data["tensors"] = need("safetensors.torch", "hf").load_file(path.with_suffix(".safetensors"))
         return cls(**data)
+
+
+def _in_json(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they stand as words."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def load_events(folder: str | Path) -> list[GuardEvent]:

@@ -13,6 +13,7 @@ standard audio metric works on one 80 ms frame. To find the worst second of a lo
 from __future__ import annotations
 
 import math
+import numbers
 
 import torch
 from torch import Tensor
@@ -31,6 +32,12 @@ rounding (1e-5 rms) lies some 13 dB below."""
 
 _STFT_FLOOR = 1e-7
 """Power, as in Parallel WaveGAN."""
+
+_LEAST_RATE = 1000
+"""Hz: below, a hop of the shortest spectrum is no sample."""
+
+_LOUDEST = 1e6
+"""120 dB beyond full scale: squares of spectra fit fp32 up to some 1e13."""
 
 # ---------------------------------------------------------------------------------------------------------- logits
 
@@ -180,11 +187,11 @@ def windows(waveform: Tensor, seconds: float = 1.0, sample_rate: int = SAMPLE_RA
         ``[..., windows, samples]``, a view where the windows do not overlap.
 
     Raises:
-        ValueError: the waveform is shorter than one window, or ``seconds`` is not positive.
+        ValueError: the waveform is shorter than one window, or ``seconds`` or ``sample_rate`` is not positive and finite.
     """
-    samples, total = round(seconds * sample_rate), waveform.shape[-1]
-    if samples < 1:
-        raise ValueError(f"seconds must be positive, got {seconds}")
+    if not 0 < seconds < math.inf or not 0 < sample_rate < math.inf:
+        raise ValueError(f"seconds and sample_rate must be positive, got {seconds} and {sample_rate}")
+    samples, total = max(1, round(seconds * sample_rate)), waveform.shape[-1]
     if total < samples:
         raise ValueError(
             f"waveform must last at least {seconds} s, {samples} samples at {sample_rate} Hz, got {total} samples"
@@ -206,8 +213,11 @@ def check_waveforms(reference: Tensor, degraded: Tensor, sample_rate: int, secon
         seconds: least length.
 
     Raises:
-        ValueError: the shapes differ, a sample is not finite, the samples are no floats, or the clip is too short.
+        ValueError: the shapes differ, a sample is not finite, the samples are no floats, the clip is too short, or the sample
+            rate is no integer of at least 1000.
     """
+    if not isinstance(sample_rate, numbers.Integral) or sample_rate < _LEAST_RATE:
+        raise ValueError(f"sample_rate must be an integer of at least {_LEAST_RATE} Hz, got {sample_rate!r}")
     _same_shape("reference", reference, "degraded", degraded)
     for name, waveform in (("reference", reference), ("degraded", degraded)):
         if waveform.ndim == 0 or not waveform.is_floating_point():
@@ -251,11 +261,12 @@ def log_mel_distance(reference: Tensor, degraded: Tensor, sample_rate: int = SAM
         dB ``[...]``, 0 for equal sound, the same both ways round.
 
     Raises:
-        ValueError: shorter than one second, different shapes, or a sample that is not finite.
+        ValueError: shorter than one second, different shapes, another sample rate than an integer of at least 1000, or a
+            sample that is not finite or beyond a million times full scale.
     """
     import torchaudio
 
-    check_waveforms(reference, degraded, sample_rate)
+    _check_loudness(reference, degraded, sample_rate)
     size = _scaled(_MEL_FFT, sample_rate)
     transform = torchaudio.transforms.MelSpectrogram(
         sample_rate, n_fft=size, hop_length=size // 4, n_mels=_MEL_BANDS, normalized=True
@@ -279,11 +290,12 @@ def multi_resolution_stft_distance(reference: Tensor, degraded: Tensor, sample_r
         ``[...]``, 0 for equal sound. Not symmetric: the convergence is relative to the reference.
 
     Raises:
-        ValueError: shorter than one second, different shapes, or a sample that is not finite.
+        ValueError: shorter than one second, different shapes, another sample rate than an integer of at least 1000, or a
+            sample that is not finite or beyond a million times full scale.
     """
     import torchaudio
 
-    check_waveforms(reference, degraded, sample_rate)
+    _check_loudness(reference, degraded, sample_rate)
     total = torch.zeros(reference.shape[:-1], device=reference.device)
     for size, hop, window in RESOLUTIONS:
         scale = _scaled(size, sample_rate) / size
@@ -294,6 +306,13 @@ def multi_resolution_stft_distance(reference: Tensor, degraded: Tensor, sample_r
         convergence = (truth - other).square().sum((-2, -1)).sqrt() / truth.square().sum((-2, -1)).sqrt()
         total += convergence + (truth.log() - other.log()).abs().mean((-2, -1))
     return total / len(RESOLUTIONS)
+
+
+def _check_loudness(reference: Tensor, degraded: Tensor, sample_rate: int) -> None:
+    check_waveforms(reference, degraded, sample_rate)
+    for name, waveform in (("reference", reference), ("degraded", degraded)):
+        if waveform.numel() and (peak := float(waveform.abs().max())) > _LOUDEST:
+            raise ValueError(f"{name} must have full scale at 1, and no peak beyond {_LOUDEST:g}, got {peak:g}")
 
 
 def _scaled(size: int, sample_rate: int) -> int:

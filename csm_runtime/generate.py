@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from csm_runtime.adapters import hf_call, hf_checks
-from csm_runtime.guard import FAST
+from csm_runtime.guard import STOCK
 
 
 class Seeds:
@@ -77,14 +77,19 @@ class FastGenerate:
         with handle._lock:
             hf_checks.check_arguments(model, handle._spec, arguments)
             reason = handle._why_stock(arguments)
+            if reason is None:
+                try:
+                    with plain_mode():
+                        handle._refresh()
+                except Exception as error:  # no room for a copy, a weight that its format cannot hold
+                    handle._cannot_follow(error)
+                    reason = handle._why_stock(arguments)
             if reason is not None:
                 handle._went_stock(reason)
                 made = _seeded(seeds, lambda: stock(model, *args, **kwargs))
-                if handle.guard.rung != FAST:
+                if handle.guard.rung == STOCK:
                     handle.guard.healthy(hf_call.frames_in(model, made))
                 return made
-            with plain_mode():
-                handle._refresh()
             depth_config = model.depth_decoder.generation_config
             before = dict(vars(depth_config))
             handle._busy = True
@@ -115,8 +120,12 @@ class FastGenerate:
             **model_kwargs: Any,
         ) -> Any:
             def rest(made: Tensor, ended: Tensor) -> Tensor:
-                return hf_call.continue_on_stock(
-                    model, request, made, ended, logits_processor, generation_config, streamer
+                return _seeded(
+                    seeds,
+                    lambda: hf_call.continue_on_stock(
+                        model, request, made, ended, logits_processor, generation_config, streamer
+                    ),
+                    made.shape[1],
                 )
 
             try:
@@ -161,12 +170,16 @@ def _by_name(function: Any, model: Any, args: tuple[Any, ...], kwargs: dict[str,
     return {**named, **bound.get("kwargs", {})}
 
 
-def _seeded(seeds: Seeds, call: Callable[[], Any]) -> Any:
-    """Run a stock call; an explicit seed seeds torch's generators for it, and only for it."""
+def _seeded(seeds: Seeds, call: Callable[[], Any], made: int = 0) -> Any:
+    """Run a stock call; an explicit seed seeds torch's generators for it, and only for it.
+
+    ``made`` frames of the utterance are there already: what is drawn for the next ones depends on the seed and on that.
+    """
     if not seeds.given or seeds.seed is None:
         return call()
+    seed = int(seeds.seed.reshape(-1)[0])
     with torch.random.fork_rng():
-        torch.manual_seed(int(seeds.seed.reshape(-1)[0]))
+        torch.manual_seed((seed + made) % 2**63 if made else seed)
         return call()
 
 

@@ -11,8 +11,8 @@ import logging
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -56,6 +56,8 @@ _WORSE = 5.0
 """The rate of differing tokens that is to be told from the calibrated one: 10 % from 2 % takes 4.6 s of speech."""
 _ALARM = 20.0
 """Of Wald's log likelihood ratio. Starting over at 0, it takes exp(20) tokens of health on average to get there."""
+_MOST_EVENT_BYTES = 512 << 20
+"""Of tensors that all events in memory hold together: beyond that, the oldest keep their words only."""
 
 
 class Interrupted(RuntimeError):
@@ -243,6 +245,20 @@ def floors_of(
     return Floors(policy, mode, dtype, count, least, most, ties, rates, dict(seconds))
 
 
+def too_many(check: str, found: Found, floors: Floors, frame: int, measures: Collection[str]) -> list[Finding]:
+    """Which of the suspected ``differing tokens of ...`` still are too many over all the frames looked at.
+
+    The bar lies halfway, on a log scale, between the rate in health and the one that the sequential test tells from it.
+    """
+    out = []
+    for group, (differing, looked) in found.differing.items():
+        rate, what = floors.rates[group], f"differing tokens of {group}"
+        worse = min(0.95, _WORSE * rate)
+        if what in measures and looked and differing / looked > math.sqrt(worse * rate):
+            out.append(Finding(check, what, frame, differing / looked, rate))
+    return out
+
+
 def judge(check: str, found: Found, floors: Floors) -> list[Finding]:
     """Every measure beyond its limit, the earliest frame first."""
     out = []
@@ -332,6 +348,7 @@ class Guard:
     Attributes:
         config: what it was made with.
         floors: limits by rung, calibrated when a rung is first used.
+        unverifiable: rungs whose calibration failed, and why: their frames go unverified until :meth:`rearm`.
         events: the latest incidents, :class:`~csm_runtime.events.GuardEvent`, oldest first.
         rung: where the next call starts: ``fast``, ``plain depth`` or ``plain backbone`` (the suspect's steps run
             eagerly), ``kept depth`` or ``kept backbone`` (its weights as the stock model has them), ``eager`` (all of that)
@@ -343,6 +360,7 @@ class Guard:
     def __init__(self, config: GuardConfig, metrics: Metrics) -> None:
         self.config, self._metrics = config, metrics
         self.floors: dict[str, Floors] = {}
+        self.unverifiable: dict[str, str] = {}
         self.events: deque[GuardEvent] = deque(maxlen=config.events)
         self.rung, self.reason = FAST, ""
         self.codec_trusted = True
@@ -368,6 +386,12 @@ class Guard:
         self.codec_trusted = True
         self._healthy, self._climbed = 0, False
         self._tests.clear()
+        self.unverifiable.clear()
+
+    def forget_floors(self) -> None:
+        """The weights or the engine have changed: limits are to be found again."""
+        self.floors.clear()
+        self.unverifiable.clear()
 
     def set_floors(self, rung: str, floors: Floors) -> None:
         """Use these limits on a rung; the checks' prices are those of its calibration."""
@@ -387,8 +411,14 @@ class Guard:
             self._metrics.count("guard.climbed")
             self.rung, self.reason, self._healthy, self._climbed = FAST, "", 0, True
 
-    def step_down(self, breach: Breach, rung: str, event: GuardEvent) -> None:
+    def step_down(self, breach: Breach, rung: str, event: GuardEvent, error: Exception | None = None) -> None:
         """Leave the present rung for good: later calls start on ``rung`` until :meth:`rearm`.
+
+        Args:
+            breach: why.
+            rung: where to.
+            event: what is kept of it.
+            error: whose traceback the log line shows, where nobody has shown it yet.
 
         Raises:
             Interrupted: ``fallback`` is ``"forbid"``.
@@ -396,7 +426,8 @@ class Guard:
         self._record(breach, event)
         if rung != self.rung:
             self._metrics.count(f"guard.rung.{rung}")
-            said = breach.kind in ("exception", "memory", "frame")  # by the decode loop, with its traceback
+            # by the decode loop, with its traceback
+            said = error is None and breach.kind in ("exception", "memory", "frame")
             logger.log(
                 logging.INFO if said else logging.WARNING,
                 "the guard goes from rung %r to %r at frame %d: %s; model.acceleration.guard.rearm() goes back",
@@ -404,6 +435,7 @@ class Guard:
                 rung,
                 breach.first_bad,
                 breach.reason,
+                exc_info=error,
             )
         self.rung, self.reason, self._healthy = rung, breach.reason, 0
 
@@ -421,6 +453,7 @@ class Guard:
         self._metrics.count("guard.breaches")
         self._metrics.count(f"guard.breaches.{breach.kind}")
         self.events.append(event)
+        self._shed()
         if self.config.events_dir is not None:
             try:
                 event.save(self.config.events_dir)
@@ -434,6 +467,14 @@ class Guard:
                 '"ladder" to go on by a safer path'
             )
 
+    def _shed(self) -> None:
+        """Let the oldest events go without their tensors where all of them hold too much; the latest keeps its own."""
+        held = 0
+        for i in range(len(self.events) - 1, -1, -1):
+            held += sum(value.nbytes for value in self.events[i].tensors.values())
+            if held > _MOST_EVENT_BYTES and i < len(self.events) - 1:
+                self.events[i] = replace(self.events[i], tensors={})
+
     def status(self) -> dict[str, Any]:
         """Rung, reason, counts and limits as plain data."""
         counters: Counter[str] = self._metrics.counters
@@ -443,6 +484,7 @@ class Guard:
             "codec_trusted": self.codec_trusted,
             "fallback": self._fallback,
             "verify": self.config.verify,
+            "unverifiable": dict(self.unverifiable),
             "budget": self.config.budget,
             "counters": {name: n for name, n in sorted(counters.items()) if name.startswith("guard.")},
             "floors": {rung: floors.to_dict() for rung, floors in self.floors.items()},
@@ -587,18 +629,15 @@ class Watch:
             findings = [f for f in findings if not _median(middle[f.measure]) >= limit[f.measure]]
         elif not findings:
             # Too many differing tokens: still so over all frames that are left, or it was chance.
-            for group, (differing, looked) in found.differing.items():
-                worse = min(0.95, _WORSE * floors.rates[group])
-                if looked and differing / looked > math.sqrt(worse * floors.rates[group]):
-                    what = f"differing tokens of {group}"
-                    if any(f.measure == what for f in suspicions):
-                        rate = floors.rates[group]
-                        findings.append(Finding(name, what, samples[0].frame, differing / looked, rate))
+            findings = too_many(name, found, floors, samples[0].frame, {f.measure for f in suspicions})
         if not findings:
             return None
-        first = max(self.first, min(f.frame for f in findings))
+        first, well = min(f.frame for f in findings), self._passed.get(name, self.first - 1)
         if "formats" in name or name == "copies":  # they say nothing of when it began: all since it was last well
-            first = min(self._passed.get(name, self.first - 1) + 1, samples[-1].frame)
+            first = min(well + 1, samples[-1].frame)
+        elif first <= min(found.frames):  # the oldest frame that could be looked at: it may have begun before
+            first = min(well + 1, first)
+        first = max(self.first, first)
         return Breach(
             reason="; ".join(dict.fromkeys(str(f) for f in findings[:3])),
             kind="verification",

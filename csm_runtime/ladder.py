@@ -18,7 +18,7 @@ from csm_runtime.adapters.hf_passes import Passes
 from csm_runtime.checks import Checks, Sample, Scene, scene_of
 from csm_runtime.engine import Engine
 from csm_runtime.events import GuardEvent
-from csm_runtime.guard import CHECKS, FAST, STOCK, Breach, Finding, Floors, floors_of, judge
+from csm_runtime.guard import CHECKS, FAST, STOCK, Breach, Finding, Floors, floors_of, judge, too_many
 from csm_runtime.metrics import Metrics
 from csm_runtime.precision import PrecisionPolicy, zones_of
 from csm_runtime.replay import Replay
@@ -81,7 +81,7 @@ def safer_policy(policy: PrecisionPolicy, rung: str) -> PrecisionPolicy:
     if rung == "eager":
         return PrecisionPolicy((), "stock")
     part = rung.removeprefix("kept ")
-    return PrecisionPolicy(((f"{part}.*", "keep"), ("kv", "keep"), *policy.rules), f"{policy.name}, {part} kept")
+    return policy.after(((f"{part}.*", "keep"), ("kv", "keep")), f"{policy.name}, {part} kept")
 
 
 def build_seat(model: Any, rung: str, like: Seat, dropped: bool, metrics: Metrics) -> Seat:
@@ -118,7 +118,7 @@ def replay_of(engine: Engine, runner: Any) -> Replay:
     return Replay(engine.spec, (engine.rotary, engine.depth_rotary), (state.keys[0].dtype, state.depth_keys[0].dtype))
 
 
-def scene(model: Any, seat: Seat, runner: Any, prompt: int, position: Tensor, dropped: bool) -> Scene:
+def scene(model: Any, seat: Seat, runner: Any, prompt: int, position: Tensor, dropped: bool, first: int = 0) -> Scene:
     """Where a call stands, for the guard's checks.
 
     Args:
@@ -128,6 +128,7 @@ def scene(model: Any, seat: Seat, runner: Any, prompt: int, position: Tensor, dr
         prompt: positions of the prompt.
         position: ``[N]`` int64, rotary position of the last of them.
         dropped: whether the stock weights are gone.
+        first: the first frame that the seat makes; those before it are prefilled.
     """
     state, stock = runner.state, Passes(model, False, seat.engine.metrics)
     packed = seat.engine.packed
@@ -154,6 +155,7 @@ def scene(model: Any, seat: Seat, runner: Any, prompt: int, position: Tensor, dr
         values=state.values,
         allowed=state.allowed,
         prompt=prompt,
+        first=first,
         position=position,
         params=(runner.params, runner.depth_params),
         seed=state.seed,
@@ -234,7 +236,8 @@ def replay_event(model: Any, seat: Seat, event: GuardEvent, floors: Floors, drop
         Every measure beyond its limit; nothing where the frames are within them.
 
     Raises:
-        ValueError: the event kept no frames, or they are of a model of another shape.
+        ValueError: the event kept no frames, or they are of a model of another shape, or what they would be checked for
+            needs more than was kept.
     """
     spec = seat.engine.spec
     if "codes" not in event.tensors:
@@ -252,8 +255,16 @@ def replay_event(model: Any, seat: Seat, event: GuardEvent, floors: Floors, drop
     there, samples, codes = scene_of(event.tensors, scene(model, seat, runner, 0, nowhere, dropped))
     checks = Checks(replay_of(seat.engine, runner), there, floors.ties)
     found: list[Finding] = []
+    wanted_again = {finding["check"] for finding in event.findings}
+    measures = {finding["measure"] for finding in event.findings}
     for name in CHECKS:
-        if name == "copies" or ("backbone" in name and not there.keys):
+        if "backbone" in name and not there.keys:
+            if name in wanted_again:
+                raise ValueError(
+                    f"event {event.id} is about the backbone, and its cached keys and values were too large to be kept; it "
+                    "cannot be run again"
+                )
             continue
-        found += judge(name, checks(name, samples, codes), floors)
+        measured = checks(name, samples, codes)
+        found += judge(name, measured, floors) or too_many(name, measured, floors, samples[0].frame, measures)
     return found

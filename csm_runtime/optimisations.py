@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from csm_runtime import tuning
 from csm_runtime.accelerate import OPTIONAL, Acceleration
-from csm_runtime.precision import PRESETS, PrecisionPolicy
+from csm_runtime.precision import PRESETS, ZONES, PrecisionPolicy
 from csm_runtime.sides import BATCH_FRAMES, FRAME, PROMPT, SOUND
+from csm_runtime.weights import head_banks, spans
 
 STATIC, COMPILED = "static buffers", "compiled step"
 
@@ -33,7 +33,7 @@ class Step:
     """The step without which it means nothing."""
     timed: str = FRAME
     lowers: bool = False
-    """Whether it stores weights in fewer bits: only then may it cost fidelity."""
+    """Whether it stores weights in another format: only then may it cost fidelity."""
     founds: bool = False
     """Whether the others stand on it: its speed is judged with theirs, at the end."""
     stays: bool = False
@@ -49,11 +49,12 @@ def steps(policy: PrecisionPolicy, codebooks: int) -> list[Step]:
     """The list, in the order in which it is walked.
 
     Args:
-        policy: whose lowered zones are the last steps, one by one.
+        policy: whose zones that are not kept are the last steps, one by one, safe zones that it names included; the depth
+            decoder's heads are one for each of their formats.
         codebooks: of the model.
 
     Raises:
-        ValueError: a policy that gives the depth decoder's heads several formats.
+        ValueError: a policy about heads that a model with this many codebooks does not have.
     """
 
     def with_it(name: str) -> Callable[[Options], Options]:
@@ -65,12 +66,14 @@ def steps(policy: PrecisionPolicy, codebooks: int) -> list[Step]:
     def no_cuda(model: Any) -> str | None:
         return None if model.device.type == "cuda" else f"CUDA only, and the model is on {model.device}"
 
-    def lowered(zone: str, fmt: str) -> Callable[[Options], Options]:
+    def stored(zones: str, fmt: str) -> Step:
         def change(options: Options) -> Options:
-            formats = tuning.formats_of(options["precision"], codebooks)
-            return {**options, "precision": tuning.policy_of({**formats, zone: fmt}, "rollout")}
+            # No two steps are about the same zone: no rule is in another's way.
+            return {**options, "precision": PrecisionPolicy((*options["precision"].rules, (zones, fmt)), "rollout")}
 
-        return change
+        if zones == "codec":
+            return Step(f"codec in {fmt}", change, idle=_no_other_codec, timed=SOUND, lowers=True)
+        return Step(f"{zones} in {fmt}", change, lowers=True)
 
     return [
         Step(STATIC, lambda options: base_options(), needs=None, founds=True),
@@ -88,15 +91,26 @@ def steps(policy: PrecisionPolicy, codebooks: int) -> list[Step]:
         Step(
             "codec batching",
             lambda options: {**options, "codec_batch_frames": BATCH_FRAMES},
+            idle=_codec_fell_back,
             timed=SOUND,
         ),
         Step("graph", **in_mode("library"), unfit=no_cuda),
         Step("fused depth", **in_mode("graph"), unfit=no_cuda),
-        *(
-            Step(f"{zone} in {fmt}", lowered(zone, fmt), lowers=True)
-            for zone, fmt in tuning.formats_of(policy, codebooks).items()
-        ),
+        *(stored(zones, fmt) for zones, fmt in _formats(policy, codebooks)),
     ]
+
+
+def _formats(policy: PrecisionPolicy, codebooks: int) -> list[tuple[str, str]]:
+    """Zones that are not kept, as a rule's pattern names them, and their formats; heads of one format are together."""
+    policy.check_codebooks(codebooks)
+    out: list[tuple[str, str]] = []
+    for zone in ZONES:
+        if zone != "depth.head":
+            out.append((zone, policy.format_of(zone)))
+            continue
+        banks = head_banks(policy, codebooks)
+        out += [(zone if len(banks) == 1 else f"{zone}.{spans(books)}", fmt) for fmt, books in banks.items()]
+    return [(zones, fmt) for zones, fmt in out if fmt != "keep"]
 
 
 def _other_mode(handle: Acceleration, wanted: str) -> str | None:
@@ -120,3 +134,17 @@ def _no_huge_pages(model: Any) -> str | None:
 
 def _no_pages_made(handle: Acceleration) -> str | None:
     return None if handle._huge_bytes else "the system made no huge pages: small weights, or a kernel before 6.1"
+
+
+def _codec_fell_back(handle: Acceleration) -> str | None:
+    """Its sound is the stock codec's then, and says nothing of the step."""
+    if handle.guard.codec_trusted:
+        return None
+    return "; ".join(["the stock codec took over", *handle.metrics.snapshot()["faults"]])
+
+
+def _no_other_codec(handle: Acceleration) -> str | None:
+    fell_back, codec = _codec_fell_back(handle), handle._codec
+    if fell_back is None and codec is not None and not codec._converts():
+        return f"the codec is in {codec.format} already"
+    return fell_back

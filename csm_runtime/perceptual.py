@@ -81,6 +81,13 @@ def _pesq(reference: Any, degraded: Any) -> float:
             scores.append(float(package.pesq(rate, reference[part], degraded[part], "wb")))
         except package.NoUtterancesError:
             continue
+        except ValueError as error:  # of near silence its own level is NaN
+            raise ValueError(
+                f"reference and degraded must hold sound loud enough for pesq, got peaks of "
+                f"{abs(reference[part]).max():.1g} and {abs(degraded[part]).max():.1g}: {error}"
+            ) from error
+    if not all(map(math.isfinite, scores)):
+        raise ValueError("reference and degraded must hold sound loud enough for pesq, which has no score for them")
     if not scores:
         raise ValueError("reference must hold speech for pesq, which finds no utterance in it")
     return sum(scores) / len(scores)

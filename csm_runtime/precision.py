@@ -8,7 +8,9 @@ activations, norms, softmax, rotary, the residual stream, logits and sampling ar
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -45,6 +47,11 @@ _NEVER = ("norm", "softmax", "rotary", "rope", "residual", "sampling", "logits",
 _MOST_CODEBOOKS = 256
 _SCHEMA = 1
 
+_NUMBERS = re.compile(r"(.*)\.([1-9]\d*(?:-[1-9]\d*)?(?:,[1-9]\d*(?:-[1-9]\d*)?)*)")
+"""``depth.head.1-3,7``."""
+_WIDE_BRACKET = re.compile(r"\[[^]]*(?:\d-\d\d|\d\d-\d|\d\d,|,\d\d)[^]]*\]")
+"""``fnmatch`` reads ``[1-31]`` as one character: 1 to 3, or 1."""
+
 
 def zones_of(codebooks: int) -> tuple[str, ...]:
     """Every zone of a model with this many codebooks, ``depth.head.1`` to ``depth.head.{codebooks - 1}`` one by one."""
@@ -53,8 +60,30 @@ def zones_of(codebooks: int) -> tuple[str, ...]:
 
 
 def matches(pattern: str, zone: str) -> bool:
-    """Whether a rule's pattern, as ``fnmatch`` reads it, takes a zone in; one that takes in ``depth.head`` takes all heads."""
-    return fnmatchcase(zone, pattern) or (zone.startswith("depth.head.") and fnmatchcase("depth.head", pattern))
+    """Whether a rule's pattern takes a zone in.
+
+    Patterns are those of ``fnmatch``, and ``depth.head.8-12`` or ``depth.head.1-3,7`` for heads by number, both ends
+    included. One that takes in ``depth.head`` takes all heads.
+    """
+    if not zone.startswith("depth.head."):
+        return fnmatchcase(zone, pattern)
+    if fnmatchcase(zone, pattern) or fnmatchcase("depth.head", pattern):
+        return True
+    prefix, ranges = _numbered(pattern)
+    return int(zone.rpartition(".")[2]) in ranges and fnmatchcase("depth.head", prefix)
+
+
+@functools.lru_cache(maxsize=256)
+def _numbered(pattern: str) -> tuple[str, frozenset[int]]:
+    """What stands before the numbers at a pattern's end, and the numbers; none where there are none."""
+    found = _NUMBERS.fullmatch(pattern)
+    if found is None:
+        return "", frozenset()
+    spans = [span.partition("-") for span in found[2].split(",")]
+    most = _MOST_CODEBOOKS
+    return found[1], frozenset(
+        k for first, _, last in spans for k in range(int(first), min(int(last or first), most) + 1)
+    )
 
 
 @dataclass(frozen=True)
@@ -62,14 +91,15 @@ class PrecisionPolicy:
     """Ordered ``(zone pattern, format)`` rules; the first that matches a zone decides, ``keep`` if none does.
 
     Args:
-        rules: zone patterns (``fnmatch``: ``*``, ``?``, ``[1-9]``) and formats.
+        rules: zone patterns (``fnmatch``: ``*``, ``?``, ``[1-9]``; heads also by numbers: ``depth.head.8-12``,
+            ``depth.head.1-3,7``) and formats.
         name: what reports call it.
 
     Raises:
-        ValueError: a pattern that matches no zone, an unknown format, one that a zone cannot have, or a safe zone that
-            would be lowered by a pattern that is not its own name.
+        ValueError: a pattern that matches no zone, or only zones that rules before it decide; an unknown format, one that a
+            zone cannot have, or a safe zone that would be lowered by a pattern that is not its own name.
 
-    Example: ``PrecisionPolicy((("depth.head.[1-3]", "keep"), ("depth.mlp", "int4:64"), ("depth.*", "int8")))`` stores the
+    Example: ``PrecisionPolicy((("depth.head.1-3", "keep"), ("depth.mlp", "int4:64"), ("depth.*", "int8")))`` stores the
     depth decoder in int8, its MLPs in int4, leaves three of its heads and the backbone as they are.
     """
 
@@ -83,23 +113,14 @@ class PrecisionPolicy:
             raise ValueError(f"precision: rules must be pairs of a zone pattern and a format, got {self.rules!r}")
         rules = tuple((pattern, "int4" if fmt == "int4:128" else fmt) for pattern, fmt in self.rules)
         object.__setattr__(self, "rules", rules)
-        for pattern, fmt in rules:
-            self._check(pattern, fmt)
+        hits = [_zones_hit(pattern, fmt) for pattern, fmt in rules]
+        for index, hit in enumerate(hits):
+            self._check(index, [zone for zone in hit if self._decider(zone) == index])
+        self._check_dead(hits)
 
-    def _check(self, pattern: str, fmt: str) -> None:
-        if fmt not in FORMATS:
-            raise ValueError(f"precision: unknown format {fmt!r} for zone pattern {pattern!r}; choose from {FORMATS}")
-        hit = [zone for zone in zones_of(_MOST_CODEBOOKS) if matches(pattern, zone)]
-        if not hit:
-            if any(word in pattern for word in _NEVER):
-                raise ValueError(
-                    f"precision: {pattern!r} is no zone: norms, softmax, rotary, the residual stream, logits, sampling and "
-                    f"the audio are always fp32 and cannot be lowered; zones are {ZONES}"
-                )
-            raise ValueError(f"precision: zone pattern {pattern!r} matches no zone; zones are {ZONES}")
-        for zone in hit:
-            if self._decider(zone) != pattern:
-                continue
+    def _check(self, index: int, decided: list[str]) -> None:
+        pattern, fmt = self.rules[index]
+        for zone in decided:
             supported = _SUPPORTED.get(zone, FORMATS)
             if fmt not in supported:
                 raise ValueError(
@@ -112,8 +133,31 @@ class PrecisionPolicy:
                     f"insist, or put ({zone!r}, 'keep') before it"
                 )
 
-    def _decider(self, zone: str) -> str | None:
-        return next((pattern for pattern, _ in self.rules if matches(pattern, zone)), None)
+    def _check_dead(self, hits: list[list[str]]) -> None:
+        """Raise ValueError for a rule that decides no zone because earlier ones take all of its zones."""
+        for index, hit in enumerate(hits):
+            deciders = sorted({decider for zone in hit if (decider := self._decider(zone)) is not None})
+            if index in deciders:
+                continue
+            takers = " and ".join(f"rule {k + 1}, {self.rules[k]}," for k in deciders)
+            raise ValueError(
+                f"precision: rule {index + 1}, {self.rules[index]}, decides no zone: {takers} "
+                f"{'takes' if len(deciders) == 1 else 'take'} all of them first; put it before, or leave it out"
+            )
+
+    def after(self, rules: tuple[tuple[str, str], ...], name: str) -> PrecisionPolicy:
+        """The policy of these rules and, after them, of those of its own that still decide a zone."""
+        decided, alive = set[str](), []
+        for pattern, fmt in (*rules, *self.rules):
+            hit = set(_zones_hit(pattern, fmt))
+            if not hit <= decided:
+                alive.append((pattern, fmt))
+            decided |= hit
+        return PrecisionPolicy(tuple(alive), name)
+
+    def _decider(self, zone: str) -> int | None:
+        """The number of the rule that decides a zone."""
+        return next((index for index, (pattern, _) in enumerate(self.rules) if matches(pattern, zone)), None)
 
     def format_of(self, zone: str) -> str:
         """The format of one zone, such as ``depth.mlp`` or ``depth.head.7``; groups of 128 are plain ``int4``.
@@ -148,7 +192,7 @@ class PrecisionPolicy:
             ValueError: another schema, fields that are missing or unknown, or rules that are no policy.
         """
         _check_fields("a precision policy", data, ("schema", "name", "rules"))
-        if data["schema"] != _SCHEMA:
+        if type(data["schema"]) is not int or data["schema"] != _SCHEMA:
             raise ValueError(f"precision: schema must be {_SCHEMA}, got {data['schema']!r}")
         if not isinstance(data["rules"], list):
             raise ValueError(f"precision: rules must be a list, got {data['rules']!r}")
@@ -169,9 +213,59 @@ class PrecisionPolicy:
             OSError: the file cannot be read.
         """
         try:
-            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+            return cls.from_dict(strict_json(Path(path).read_text(encoding="utf-8")))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+
+
+def strict_json(text: str) -> Any:
+    """Parse JSON.
+
+    Raises:
+        ValueError: no JSON (NaN and Infinity are none), a key that an object has twice, or too deep a nesting.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        out = dict(pairs)
+        if len(out) != len(pairs):
+            keys = [key for key, _ in pairs]
+            raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
+        return out
+
+    def constant(name: str) -> None:
+        raise ValueError(f"not JSON: {name} is no number there")
+
+    try:
+        return json.loads(text, object_pairs_hook=once, parse_constant=constant)
+    except RecursionError:
+        raise ValueError("not what it should be: nested too deep") from None
+
+
+def _zones_hit(pattern: str, fmt: str) -> list[str]:
+    """The zones that a rule's pattern matches.
+
+    Raises:
+        ValueError: none, or an unknown format.
+    """
+    if fmt not in FORMATS:
+        raise ValueError(f"precision: unknown format {fmt!r} for zone pattern {pattern!r}; choose from {FORMATS}")
+    if _WIDE_BRACKET.search(pattern):
+        raise ValueError(
+            f"precision: in zone pattern {pattern!r} brackets stand for one character, not for a number; write heads by "
+            "number as 'depth.head.8-12' or 'depth.head.1-3,7'"
+        )
+    hit = [zone for zone in zones_of(_MOST_CODEBOOKS) if matches(pattern, zone)]
+    if not hit:
+        if any(word in pattern for word in _NEVER):
+            raise ValueError(
+                f"precision: {pattern!r} is no zone: norms, softmax, rotary, the residual stream, logits, sampling and "
+                f"the audio are always fp32 and cannot be lowered; zones are {ZONES}"
+            )
+        raise ValueError(
+            f"precision: zone pattern {pattern!r} matches no zone; zones are {ZONES}, and heads by number "
+            "'depth.head.1', 'depth.head.8-12', 'depth.head.1-3,7'"
+        )
+    return hit
 
 
 def _is_rule(rule: Any) -> bool:
@@ -184,14 +278,15 @@ def _check_fields(what: str, data: Any, wanted: tuple[str, ...]) -> None:
         raise ValueError(f"precision: {what} must have the fields {wanted} and no others, got {got}")
 
 
-_INT8 = (("*.attention", "int8"), ("*.mlp", "int8"), ("depth.projection", "int8"), ("depth.head", "int8"))
+_BUT_MLP = (("*.attention", "int8"), ("depth.projection", "int8"), ("depth.head", "int8"))
+_INT8 = (*_BUT_MLP, ("*.mlp", "int8"))
 _DEPTH_INT8 = (("depth.embedding", "keep"), ("depth.*", "int8"))
 
 PRESETS = {
     "exact": PrecisionPolicy((), "exact"),
     "balanced": PrecisionPolicy(_DEPTH_INT8, "balanced"),
     "fast": PrecisionPolicy(_INT8, "fast"),
-    "smallest": PrecisionPolicy((("*.mlp", "int4"), ("*.embedding", "int8"), *_INT8), "smallest"),
+    "smallest": PrecisionPolicy((("*.mlp", "int4"), ("*.embedding", "int8"), *_BUT_MLP), "smallest"),
     "stock": PrecisionPolicy((), "stock"),
     "int8": PrecisionPolicy(_INT8, "int8"),
 }

@@ -13,8 +13,9 @@ class Report:
     ``copied_bytes`` is what packed copies hold beside the stock model, ``kv_bytes`` what the preallocated KV buffers
     hold. ``guard`` is the guard's ``status()``. ``replaced`` counts what the backend "csm" put in place of stock code in
     the layers that prompts run through, if ``compiled_prefill``. Per zone, ``bytes`` is its size, ``bytes_per_frame`` what
-    one frame at batch 1 reads of it (None for the KV cache and the codec) and ``sqnr_db`` the signal to rounding noise of
-    its weights (None where none were rounded).
+    one frame at batch 1 reads of it (None for the KV cache and the codec), ``sqnr_db`` the signal to rounding noise of its
+    weights (None where none were rounded) and ``shared_with`` the zone that it shares its bytes with (None where it has its
+    own). A codec in another format is the decoding half in that format, a copy made with the first sound.
     """
 
     model: str
@@ -36,13 +37,18 @@ class Report:
     replaced: dict[str, int]
 
     @property
+    def bytes(self) -> int:
+        """Bytes of all zones; what two of them share counts once."""
+        return sum(row["bytes"] for row in self.zones if row["shared_with"] is None)
+
+    @property
     def bytes_per_frame(self) -> int:
         """Weight bytes one frame reads at batch 1."""
         return sum(row["bytes_per_frame"] or 0 for row in self.zones)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data, for JSON."""
-        return {**asdict(self), "bytes_per_frame": self.bytes_per_frame}
+        return {**asdict(self), "bytes": self.bytes, "bytes_per_frame": self.bytes_per_frame}
 
     def __str__(self) -> str:
         lines = [
@@ -57,7 +63,8 @@ class Report:
                 f"{'-' if unknown else 'exact' if sqnr is None else f'{sqnr:.1f} dB':>8}"
             )
         lines.append(
-            f"{'sum':<18} {'':<18} {_mb(sum(r['bytes'] for r in self.zones)):>10} {_mb(self.bytes_per_frame):>11}"
+            f"{'sum':<18} {'':<18} {_mb(self.bytes):>10} {_mb(self.bytes_per_frame):>11}"
+            + "".join(f"; {r['zone']} is {r['shared_with']}" for r in self.zones if r["shared_with"])
         )
         beside = "in their place" if self.originals_dropped else "beside the stock weights"
         lines.append(

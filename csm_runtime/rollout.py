@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -21,12 +22,13 @@ from typing import Any
 import torch
 
 from csm_runtime import __version__, fidelity
-from csm_runtime.accelerate import Acceleration
+from csm_runtime.accelerate import OPTIONAL, Acceleration
 from csm_runtime.calibration import Calibration, Fidelity, Thresholds
 from csm_runtime.compiling import Progress
 from csm_runtime.doctor import machine
+from csm_runtime.engine import MODES
 from csm_runtime.optimisations import Options, Step, steps
-from csm_runtime.precision import PrecisionPolicy, resolve_policy
+from csm_runtime.precision import PrecisionPolicy, resolve_policy, strict_json
 from csm_runtime.sides import FRAME, SOUND, Accelerated, Case, Stock
 
 _SCHEMA = 1
@@ -41,7 +43,7 @@ class Limits:
         fidelity: of everything that is switched on, against the stock model.
         max_kl_added: nats that a step which lowers no format may add to any group's KL divergence: its logits should be
             those of the step before, up to rounding.
-        min_sound_db: least SQNR of the sound of a faster codec path against the stock loop's, for the same codes.
+        min_sound_db: least SQNR of the sound after a step that changes the codec against that before it, for the same codes.
         min_speed: time before over time after.
     """
 
@@ -53,8 +55,8 @@ class Limits:
     def __post_init__(self) -> None:
         for name in ("max_kl_added", "min_sound_db", "min_speed"):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not value >= 0:
-                raise ValueError(f"limits: {name} must be a number of at least 0, got {value!r}")
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= sys.float_info.max:
+                raise ValueError(f"limits: {name} must be a finite number of at least 0, got {value!r}")
 
     @classmethod
     def parse(cls, texts: Sequence[str]) -> Limits:
@@ -128,8 +130,8 @@ class Rollout:
 
     @property
     def failed(self) -> list[str]:
-        """Names of the steps that raised."""
-        return [one.name for one in self.outcomes if one.failed]
+        """Names of the steps that raised, what was kept measured together included."""
+        return [one.name for one in (*self.outcomes, self.together) if one is not None and one.failed]
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data, for JSON; :func:`load_options` reads the options back."""
@@ -163,16 +165,36 @@ def load_options(path: str | Path) -> Options:
         OSError: the file cannot be read.
     """
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(data, dict) or data.get("schema") != _SCHEMA or "options" not in data:
-            raise ValueError(f"not a rollout of schema {_SCHEMA}")
-        if data["options"] is None:
-            raise ValueError("nothing was kept in this rollout, leave the model as it is")
-        options = data["options"]
-        policy = PrecisionPolicy.from_dict(options["precision"])
-        return {**options, "precision": policy, "without": tuple(options["without"])}
+        return _options_in(strict_json(Path(path).read_text(encoding="utf-8")))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+_FIELDS = {"schema", "versions", "machine", "model", "frames", "alone", "limits", "steps", "together", "options"}
+_OPTIONS = {"mode", "precision", "without", "codec_batch_frames"}
+
+
+def _options_in(data: Any) -> Options:
+    if not isinstance(data, dict) or type(data.get("schema")) is not int or data["schema"] != _SCHEMA:
+        raise ValueError(f"not a rollout of schema {_SCHEMA}")
+    if set(data) != _FIELDS:
+        raise ValueError(f"a rollout must have the fields {sorted(_FIELDS)}, got {sorted(data)}")
+    options = data["options"]
+    if options is None:
+        raise ValueError("nothing was kept in this rollout, leave the model as it is")
+    if not isinstance(options, dict) or set(options) | {"codec_batch_frames"} != _OPTIONS:
+        got = sorted(options) if isinstance(options, dict) else options
+        raise ValueError(
+            f"options must be mode, precision, without and at most codec_batch_frames besides, got {got!r}"
+        )
+    mode, without, together = options["mode"], options["without"], options.get("codec_batch_frames", 0)
+    if mode not in MODES:
+        raise ValueError(f"options: mode must be one of {MODES}, got {mode!r}")
+    if not isinstance(without, list) or not all(name in OPTIONAL for name in without):
+        raise ValueError(f"options: without must be a list of names from {OPTIONAL}, got {without!r}")
+    if type(together) is not int or together < 0:
+        raise ValueError(f"options: codec_batch_frames must be an integer of at least 0, got {together!r}")
+    return {**options, "precision": PrecisionPolicy.from_dict(options["precision"]), "without": tuple(without)}
 
 
 # --------------------------------------------------------------------------------------------------------- the walk
@@ -195,7 +217,7 @@ def verify(
         model: transformers' CSM with its own weights; if it is accelerated, that ends.
         calibration: a :class:`~csm_runtime.calibration.Calibration`, a list of prompts, or None for made-up text. Its
             thresholds and state are not used.
-        policy: whose lowered zones are steps, each by itself.
+        policy: whose zones that are not kept are steps, each by itself; safe zones only where it names them.
         limits: what a step has to hold.
         repeats: times that both sides are timed, in turns.
         alone: each step on top of static buffers (and of the compiled step, where it needs that) instead of what has been
@@ -204,13 +226,17 @@ def verify(
         progress: show progress bars.
 
     Raises:
-        ValueError: a bad argument.
+        ValueError: a bad argument, or prompts to none of which the stock model says more than one frame.
     """
     limits = limits or Limits()
     if type(repeats) is not int or repeats < 1:
         raise ValueError(f"repeats must be an integer of at least 1, got {repeats!r}")
-    if not isinstance(calibration, Calibration):
-        calibration = Calibration(calibration or ())
+    if calibration is None:
+        calibration = Calibration()
+    elif not isinstance(calibration, Calibration):
+        if isinstance(calibration, Sequence) and not len(calibration):
+            raise ValueError("calibration must hold prompts, got an empty list; None takes made-up text")
+        calibration = Calibration(calibration)
     # Near ties are judged by the rollout's own limits.
     calibration = replace(calibration, thresholds=limits.fidelity, state=None)
     walk = steps(resolve_policy(policy), model.config.num_codebooks)
@@ -280,8 +306,7 @@ class _Walk:
                 before = self._side(under)
             outcome = self._measured(step, before, changed)
         except Exception as error:  # whatever it was, the step is off again
-            text = " ".join(str(error).split())[:300]
-            outcome = Outcome(step.name, False, f"{type(error).__name__}: {text}", True, step.timed, before.fidelity)
+            outcome = Outcome(step.name, False, _said(error), True, step.timed, before.fidelity)
         outcome = replace(outcome, seconds=time.perf_counter() - start)
         if outcome.kept:
             self._kept[step.name] = changed
@@ -307,7 +332,8 @@ class _Walk:
 
     def _turns(self, timed: str) -> list[int]:
         """The passages whose runs are timed, one after the other; all sound is one run."""
-        return self._repeats * list(range(1 if timed == SOUND else len(self._case.passages)))
+        numbers = {SOUND: [0], FRAME: self._case.timed}.get(timed, list(range(len(self._case.passages))))
+        return self._repeats * numbers
 
     def _timed(
         self, seen: Outcome, before: Stock | Accelerated, after: Accelerated, early: list[list[float]] | None = None
@@ -323,6 +349,11 @@ class _Walk:
             else:
                 theirs.append(before.times(seen.timed, i))
                 ours.append(after.times(seen.timed, i))
+        # Where codes were given, the stock model's own speech, which is what it is timed on, may still end at once.
+        pairs = [(a, b) for a, b in zip(theirs, ours) if a and b]
+        if not pairs:
+            raise ValueError("nothing to time: the stock model ends its speech after the first frame of every prompt")
+        theirs, ours = ([pair[i] for pair in pairs] for i in range(2))
         one, other = (1000 * statistics.median(x for run in runs for x in run) for runs in (theirs, ours))
         speed = statistics.median(statistics.median(a) / statistics.median(b) for a, b in zip(theirs, ours))
         return replace(seen, ms_before=one, ms_after=other, speed=speed)
@@ -330,27 +361,28 @@ class _Walk:
     def _too_bad(self, seen: Outcome, lowers: bool, min_speed: float) -> str:
         """Why it is not to be kept, or nothing."""
         limits, after, before, speed = self._limits, seen.after or {}, seen.before or {}, seen.speed
-        reasons = list(limits.fidelity.excess(after).values())
+        reasons = list(limits.fidelity.excess(after, self._case.reference.spec.codebooks).values())
         for group in () if lowers else after:
             added = after[group].kl_nats - before[group].kl_nats
             if not added <= limits.max_kl_added:
                 reasons.append(f"adds {added:.2g} nats to the KL of {group}, the limit {limits.max_kl_added:.2g}")
         if seen.sound_db is not None and not seen.sound_db >= limits.min_sound_db:
-            reasons.append(
-                f"its sound is {seen.sound_db:.1f} dB from the stock codec's, the limit {limits.min_sound_db:g}"
-            )
+            reasons.append(f"its sound is {seen.sound_db:.1f} dB from that before, the limit {limits.min_sound_db:g}")
         if speed is not None and not speed >= min_speed:
             reasons.append(f"{speed:.2f} times as fast as before, the limit {min_speed:g}")
         return "; ".join(reasons)
 
     def _together(self, options: Options) -> Outcome:
         start = time.perf_counter()
-        side = self._side(options)
-        seen = self._timed(
-            Outcome(_TOGETHER, False, "", before=self._stock.fidelity, after=side.fidelity), self._stock, side
-        )
-        reason = self._too_bad(seen, True, self._limits.min_speed)
-        return replace(seen, kept=not reason, reason=reason, seconds=time.perf_counter() - start)
+        seen = Outcome(_TOGETHER, False, "", before=self._stock.fidelity)
+        try:
+            side = self._side(options)
+            seen = self._timed(replace(seen, after=side.fidelity), self._stock, side)
+            reason = self._too_bad(seen, True, self._limits.min_speed)
+            seen = replace(seen, kept=not reason, reason=reason)
+        except Exception as error:  # what the steps have shown is worth a table all the same
+            seen = replace(seen, failed=True, reason=_said(error))
+        return replace(seen, seconds=time.perf_counter() - start)
 
     def _side(self, options: Options) -> Accelerated:
         key = _key(options)
@@ -367,6 +399,10 @@ class _Walk:
             held = [] if options is None else [options]
         wanted = {_key(one) for one in held}
         self._sides = {key: side for key, side in self._sides.items() if key in wanted}
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _key(options: Options) -> str:

@@ -26,7 +26,17 @@ BATCH_FRAMES = 40
 
 
 class Case:
-    """What every side is measured on."""
+    """What every side is measured on.
+
+    Attributes:
+        rows: prompts of one row each, with their codes.
+        passages: the same, ready to be fed.
+        timed: numbers of the passages whose frames are timed: of those with a frame after the first.
+        reference: the stock weights' word on all of them.
+
+    Raises:
+        ValueError: prompts or codes that do not fit the model, or no frame to be timed.
+    """
 
     def __init__(self, model: Any, calibration: Calibration, progress: bool) -> None:
         self.model, self.calibration = model, calibration
@@ -37,6 +47,12 @@ class Case:
             for row in silent:
                 row["codes"] = measuring.speak(model, row, calibration.frames, calibration.seed, measuring.Ticker(bar))
         self.passages = [measuring.passage_of(model, row) for row in self.rows]
+        self.timed = [i for i, passage in enumerate(self.passages) if len(passage.codes) > 1]
+        if not self.timed:
+            raise ValueError(
+                "calibration: the stock model's answer to every prompt is one frame, and only frames after the first are "
+                "timed; give prompts that it says more to, or their codes"
+            )
         self.reference = Reference(model, self.passages)
 
     def compared(self, made: tuple[Tensor, Tensor], codes: Tensor | None = None) -> Fidelity:
@@ -67,12 +83,12 @@ class Stock:
         self.fidelity = case.compared((torch.cat([w[0] for w in words]), torch.cat([w[1] for w in words])))
 
     def times(self, timed: str, number: int) -> list[float]:
-        """Seconds of each frame after the first that follows a prompt, as ``generate()`` delivers them."""
+        """Seconds of each frame after the first that follows a prompt, as ``generate()`` delivers them; maybe of none."""
         assert timed == FRAME, timed
         case, clock = self._case, FrameClock()
         prompt = {name: value for name, value in case.rows[number].items() if name != "codes"}
         measuring.speak(case.model, prompt, case.calibration.frames, case.calibration.seed, clock)
-        return [b - a for a, b in zip(clock.seconds, clock.seconds[1:])] or clock.seconds
+        return [b - a for a, b in zip(clock.seconds, clock.seconds[1:])]
 
 
 class Accelerated:

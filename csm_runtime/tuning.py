@@ -1,36 +1,42 @@
 """``precision="auto"``: the smallest policy whose fidelity holds, found by measuring it zone by zone.
 
-It starts at the most aggressive preset and measures how much each lowered zone costs alone. While thresholds fail, the zone
-that costs most per byte it saves goes one step up, int4 to int8 to kept. Then raises are taken back, the latest first,
-wherever the thresholds hold without them. Everything is measured on teacher-forced logits, see
-:mod:`csm_runtime.calibration`, and deterministic.
+It starts at the most aggressive preset, without formats that save nothing in this model, and measures how much each lowered
+zone costs alone. While thresholds fail, the zone that costs most per byte it saves goes one step up, int4 to int8 to kept.
+Then raises are taken back, the latest first, wherever the thresholds hold without them. Everything is measured on
+teacher-forced logits, see :mod:`csm_runtime.calibration`, and deterministic.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from csm_kernels import __version__
 from csm_runtime import calibration as measuring
 from csm_runtime.adapters import hf
+from csm_runtime.adapters.spec import ModelSpec, StackSpec
 from csm_runtime.calibration import Calibration, Fidelity, Figures, Reference, Thresholds
+from csm_runtime.checks import groups
 from csm_runtime.compiling import Progress
 from csm_runtime.generate import plain_mode
-from csm_runtime.precision import SAFE_ZONES, ZONES, PrecisionPolicy, resolve_policy, zones_of
+from csm_runtime.precision import SAFE_ZONES, ZONES, PrecisionPolicy, resolve_policy, strict_json, zones_of
 from csm_runtime.weights import DTYPES, Packed, PackedWeights, Stack, fingerprints, planned_table, unlowered
+
+logger = logging.getLogger("csm_runtime")
 
 AUTO = "auto"
 _STATE, _RESULT = "csm tuning in progress", "csm tuned policy"
-_SCHEMA = 1
+_SCHEMA = 2
 
 _LINEARS = {"attention": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down")}
 _FIELDS = {
@@ -52,7 +58,8 @@ class TunedPolicy:
     ``sensitivity`` has the fidelity of each zone lowered alone, by zone and format; ``raised`` and ``reverted`` the zones in
     that order, each with its format before and after; ``bytes_per_frame`` the bytes that one frame at batch 1 reads, weights
     and the KV cache of the longest passage, with the ``stock`` weights, the ``start`` policy and this one (``auto``);
-    ``evaluations`` everything that was measured, by policy.
+    ``evaluations`` everything that was measured, by policy; ``spec`` and ``weights`` are the model's shape and a hash of its
+    weights.
     """
 
     policy: PrecisionPolicy
@@ -66,6 +73,7 @@ class TunedPolicy:
     bytes_per_frame: dict[str, int]
     evaluations: dict[str, Fidelity]
     spec: dict[str, Any]
+    weights: str
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data, for JSON."""
@@ -83,6 +91,7 @@ class TunedPolicy:
             "bytes_per_frame": self.bytes_per_frame,
             "evaluations": {key: _plain(found) for key, found in self.evaluations.items()},
             "spec": self.spec,
+            "weights": self.weights,
         }
 
     @classmethod
@@ -92,27 +101,31 @@ class TunedPolicy:
         Raises:
             ValueError: something else.
         """
-        if not isinstance(data, dict) or data.get("kind") != _RESULT or data.get("schema") != _SCHEMA:
+        if not _is_ours(data, _RESULT):
             raise ValueError(f"not a tuned policy: kind must be {_RESULT!r} and schema {_SCHEMA}")
         wanted = set(cls.__dataclass_fields__) | {"kind", "schema"}
         if set(data) != wanted:
             raise ValueError(f"a tuned policy must have the fields {sorted(wanted)}, got {sorted(data)}")
-        try:
-            return cls(
-                policy=PrecisionPolicy.from_dict(data["policy"]),
-                thresholds=Thresholds(**data["thresholds"]),
-                fidelity=_fidelity(data["fidelity"]),
-                frames=data["frames"],
-                start=data["start"],
-                sensitivity={z: {f: _fidelity(x) for f, x in one.items()} for z, one in data["sensitivity"].items()},
-                raised=[(zone, old, new) for zone, old, new in data["raised"]],
-                reverted=[(zone, old, new) for zone, old, new in data["reverted"]],
-                bytes_per_frame=dict(data["bytes_per_frame"]),
-                evaluations={key: _fidelity(found) for key, found in data["evaluations"].items()},
-                spec=data["spec"],
-            )
-        except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"a tuned policy with a part of another form: {error}") from error
+        codebooks = _check_spec(data["spec"])
+        policy = PrecisionPolicy.from_dict(data["policy"])
+        policy.check_codebooks(codebooks)
+        for name, kind in (("start", str), ("weights", str), ("frames", int)):
+            if type(data[name]) is not kind or not data[name] or (kind is int and data[name] < 1):
+                raise ValueError(f"a tuned policy's {name} must be {kind.__name__}, and something, got {data[name]!r}")
+        return cls(
+            policy=policy,
+            thresholds=_thresholds(data["thresholds"]),
+            fidelity=_fidelity("fidelity", data["fidelity"], codebooks),
+            frames=data["frames"],
+            start=data["start"],
+            sensitivity=_sensitivity(data["sensitivity"], codebooks),
+            raised=_raises("raised", data["raised"]),
+            reverted=_raises("reverted", data["reverted"]),
+            bytes_per_frame=_bytes_per_frame(data["bytes_per_frame"]),
+            evaluations=_evaluations(data["evaluations"], codebooks),
+            spec=data["spec"],
+            weights=data["weights"],
+        )
 
     def save(self, path: str | Path) -> None:
         """Write it as JSON; ``accelerate(precision="auto", calibration=path)`` takes it."""
@@ -127,7 +140,7 @@ class TunedPolicy:
             OSError: the file cannot be read.
         """
         try:
-            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+            return cls.from_dict(strict_json(Path(path).read_text(encoding="utf-8")))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
@@ -146,13 +159,14 @@ def resolve(model: Any, calibration: Any, progress: bool = True) -> TunedPolicy:
     Args:
         model: transformers' CSM, with its own weights.
         calibration: a :class:`~csm_runtime.calibration.Calibration`; a list of prompts, which is one with all else as it is
-            by default; the path of a saved result, for which nothing is measured; or None, two prompts of made-up text,
-            whose speech the stock model makes. That is better than nothing and no more: text without meaning is not what
-            the model will be asked to say.
+            by default; the path of a saved result, for which nothing is measured (weights that have changed since
+            are warned of); or None, two prompts of made-up text, whose speech the stock model makes. That is better than
+            nothing and no more: text without meaning is not what the model will be asked to say.
         progress: show progress bars.
 
     Raises:
-        ValueError: something else, or a result or state of another model.
+        ValueError: something else, an empty list, or a result for a model of another shape, or a state that is damaged or of
+            another model.
         OSError: a file cannot be read.
     """
     if isinstance(calibration, (str, Path)):
@@ -160,6 +174,12 @@ def resolve(model: Any, calibration: Any, progress: bool = True) -> TunedPolicy:
         spec = asdict(hf.read_spec(model))
         if tuned.spec != spec:
             raise ValueError(f"{calibration}: tuned for a model of another shape, {_difference(tuned.spec, spec)}")
+        if tuned.weights != _digest_of_weights(model):
+            logger.warning(
+                "%s: tuned for other weights of this shape (or the same in another dtype): what it says of fidelity was not "
+                "measured on these; tune again",
+                calibration,
+            )
         return tuned
     if calibration is None:
         calibration = Calibration()
@@ -169,6 +189,8 @@ def resolve(model: Any, calibration: Any, progress: bool = True) -> TunedPolicy:
                 "calibration must be a Calibration, a list of generate() inputs, the path of a saved result or None, got "
                 f"{type(calibration).__name__}"
             )
+        if not len(calibration):
+            raise ValueError("calibration must hold prompts, got an empty list; None takes made-up text")
         calibration = Calibration(calibration)
     return tune(model, calibration, progress)
 
@@ -193,14 +215,14 @@ def tune(model: Any, calibration: Calibration, progress: bool = True) -> TunedPo
 
     Raises:
         ValueError: prompts or codes that do not fit the model, a start whose depth heads have several formats, or a state
-            file of another model or other prompts.
+            file that is damaged or of another model, other prompts, versions or another device.
     """
     start = resolve_policy(calibration.start)
     rows = measuring.rows_of(calibration.prompts or measuring.made_up_prompts(model))
     state = _State(model, calibration, rows)
     passages = [measuring.passage_of(model, row) for row in _spoken(model, calibration, rows, state, progress)]
     trial = _Trial(model, Reference(model, passages), calibration.thresholds.tie, state)
-    return _search(trial, start, calibration.thresholds, progress)
+    return _search(trial, start, calibration.thresholds, _digest_of_weights(model), progress)
 
 
 def _spoken(
@@ -218,10 +240,19 @@ def _spoken(
     return [{**row, **made.get(i, {})} for i, row in enumerate(rows)]
 
 
-def _search(trial: _Trial, start: PrecisionPolicy, thresholds: Thresholds, progress: bool) -> TunedPolicy:
-    first = formats_of(start, trial.spec.codebooks)
+def _search(trial: _Trial, start: PrecisionPolicy, thresholds: Thresholds, weights: str, progress: bool) -> TunedPolicy:
+    wanted = formats_of(start, trial.spec.codebooks)
+    ladders = {zone: trial.worth_having(zone, fmt) for zone, fmt in wanted.items()}
+    first = {zone: ladder[0] for zone, ladder in ladders.items() if ladder[0] != "keep"}
     policy = dict(first)
     alone: dict[str, dict[str, Fidelity]] = {zone: {} for zone in first}
+
+    def above(zone: str) -> str:
+        """The next safer format of those that save something."""
+        return ladders[zone][ladders[zone].index(policy[zone]) + 1]
+
+    def failing_of(found: Fidelity) -> dict[str, str]:
+        return thresholds.excess(found, trial.spec.codebooks)
 
     def cost_alone(zone: str) -> Fidelity:
         fmt = policy[zone]
@@ -236,7 +267,7 @@ def _search(trial: _Trial, start: PrecisionPolicy, thresholds: Thresholds, progr
             found = cost_alone(zone)
             limits = {group: max(thresholds.max_kl_of(group), 1e-12) for group in failing}
             cost = sum(found[group].kl_nats / limits[group] for group in failing)
-            saved = trial.bytes({**policy, zone: above(policy[zone])}) - trial.bytes(policy)
+            saved = trial.bytes({**policy, zone: above(zone)}) - trial.bytes(policy)
             return cost / max(saved, 1)
 
         return max((zone for zone in policy if policy[zone] != "keep"), key=worth)
@@ -248,12 +279,12 @@ def _search(trial: _Trial, start: PrecisionPolicy, thresholds: Thresholds, progr
 
     raised: list[tuple[str, str, str]] = []
     found = trial(policy)
-    with closing(Progress(sum(_steps(fmt) for fmt in first.values()), "raising zones", progress)) as bar:
-        while failing := thresholds.excess(found):
+    with closing(Progress(sum(len(ladders[zone]) - 1 for zone in first), "raising zones", progress)) as bar:
+        while failing := failing_of(found):
             # With everything kept the logits are the reference's own, bit by bit: this ends.
             zone = raised_next(failing)
-            raised.append((zone, policy[zone], above(policy[zone])))
-            policy[zone] = above(policy[zone])
+            raised.append((zone, policy[zone], above(zone)))
+            policy[zone] = above(zone)
             found = trial(policy)
             bar.advance(f"{zone} to {policy[zone]}")
 
@@ -262,7 +293,7 @@ def _search(trial: _Trial, start: PrecisionPolicy, thresholds: Thresholds, progr
         for zone, old, new in reversed(raised):
             if policy[zone] == new:
                 without = trial({**policy, zone: old})
-                if not thresholds.excess(without):
+                if not failing_of(without):
                     policy[zone], found = old, without
                     reverted.append((zone, new, old))
             bar.advance(zone)
@@ -276,19 +307,16 @@ def _search(trial: _Trial, start: PrecisionPolicy, thresholds: Thresholds, progr
         sensitivity=alone,
         raised=raised,
         reverted=reverted,
-        bytes_per_frame={"stock": trial.bytes({}), "start": trial.bytes(first), "auto": trial.bytes(policy)},
+        bytes_per_frame={"stock": trial.bytes({}), "start": trial.bytes(wanted), "auto": trial.bytes(policy)},
         evaluations=trial.evaluations,
         spec=asdict(trial.spec),
+        weights=weights,
     )
 
 
-def above(fmt: str) -> str:
-    """The next safer format."""
-    return "int8" if fmt == "fp8" or fmt.startswith("int4") else "keep"
-
-
-def _steps(fmt: str) -> int:
-    return 0 if fmt == "keep" else 1 + _steps(above(fmt))
+def _safer(fmt: str) -> list[str]:
+    """A format and the safer ones, in order."""
+    return [fmt] if fmt == "keep" else [fmt, *_safer("int8" if fmt == "fp8" or fmt.startswith("int4") else "keep")]
 
 
 def formats_of(policy: PrecisionPolicy, codebooks: int) -> Formats:
@@ -317,6 +345,10 @@ def policy_of(formats: Formats, name: str) -> PrecisionPolicy:
     return PrecisionPolicy(tuple((zone, fmt) for zone, fmt in formats.items() if fmt != "keep"), name)
 
 
+def _key(lowered: Formats) -> str:
+    return ", ".join(f"{zone}={lowered[zone]}" for zone in ZONES if zone in lowered) or "exact"
+
+
 class _Trial:
     """Fidelity of policies on some frames, each measured once.
 
@@ -340,7 +372,7 @@ class _Trial:
     def __call__(self, formats: Formats) -> Fidelity:
         """The fidelity with these zones lowered."""
         lowered = {zone: fmt for zone, fmt in formats.items() if fmt != "keep"}
-        key = ", ".join(f"{zone}={lowered[zone]}" for zone in ZONES if zone in lowered) or "exact"
+        key = _key(lowered)
         if key not in self.evaluations:
             known = self._state.evaluations.get(key)
             self.evaluations[key] = self.measure(lowered) if known is None else known
@@ -370,6 +402,17 @@ class _Trial:
         most = max(passage.x.shape[1] + len(passage.codes) for passage in self.reference.passages)
         cached = 2 * stack.layers * stack.kv_heads * stack.head_dim * most * cache.itemsize
         return sum(row["bytes_per_frame"] for row in table) + cached
+
+    def worth_having(self, zone: str, fmt: str) -> list[str]:
+        """A zone's format and the safer ones, each only where it takes fewer bytes than all that are safer.
+
+        Narrow matrices do not: int4 pads rows to its groups, and int8 adds a scale to each.
+        """
+        out: list[str] = []
+        for one in reversed(_safer(fmt)):
+            if not out or self.bytes({zone: one}) < min(self.bytes({zone: other}) for other in out):
+                out.insert(0, one)
+        return out
 
     def _part(self, zone: str, fmt: str) -> Any:
         if (zone, fmt) not in self._parts:
@@ -410,27 +453,64 @@ class _State:
         if self._path is None:
             return
         how = f"{calibration.frames} {calibration.seed} {calibration.thresholds.tie}"
+        self._silent = {str(i) for i, row in enumerate(rows) if "codes" not in row}
+        self._frames = calibration.frames
+        spec = hf.read_spec(model)
+        self._shape = spec.codebooks, spec.vocab, spec.depth_vocab
         self._header = {
             "kind": _STATE,
             "schema": _SCHEMA,
             "model": {"spec": asdict(hf.read_spec(model)), "weights": _digest_of_weights(model)},
             "prompts": f"{measuring.digest(rows)} {how}",
+            # Both decide what a format does to a weight, and how its logits are rounded.
+            "versions": {"csm_kernels": __version__, "torch": torch.__version__},
+            "device": _device_name(model.device),
         }
         if self._path.exists():
             self._read(self._path)
 
     def _read(self, path: Path) -> None:
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = strict_json(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{path}: not JSON: {error}") from error
-        if not isinstance(data, dict) or any(data.get(name) != self._header[name] for name in ("kind", "schema")):
+            raise ValueError(f"{path}: {error}") from error
+        if not _is_ours(data, _STATE):
             raise ValueError(f"{path}: not the state of a tuning: kind must be {_STATE!r} and schema {_SCHEMA}")
-        for name, what in (("model", "another model"), ("prompts", "other prompts, frames, seed or tie")):
+        for name, what in (
+            ("model", "another model"),
+            ("prompts", "other prompts, frames, seed or tie"),
+            ("versions", "other versions"),
+            ("device", "another device"),
+        ):
             if data.get(name) != self._header[name]:
                 raise ValueError(f"{path}: a tuning of {what}; give another path, or remove the file")
-        self.codes = data["codes"]
-        self.evaluations = {key: _fidelity(found) for key, found in data["evaluations"].items()}
+        try:
+            wanted = {*self._header, "codes", "evaluations"}
+            if set(data) != wanted:
+                raise ValueError(f"must have the fields {sorted(wanted)}, got {sorted(data)}")
+            self.codes = self._checked(data["codes"])
+            self.evaluations = _evaluations(data["evaluations"], self._shape[0])
+        except ValueError as error:
+            raise ValueError(f"{path}: a damaged state of a tuning, remove it: {error}") from error
+
+    def _checked(self, codes: Any) -> dict[str, list[list[int]]]:
+        """The codes, if they are some of the rows that have none of their own."""
+        if not isinstance(codes, dict) or not set(codes) <= self._silent:
+            raise ValueError(f"codes must be by the number of a prompt without codes, {sorted(self._silent)}")
+        codebooks, vocab, depth_vocab = self._shape
+
+        def is_frame(frame: Any) -> bool:
+            if not isinstance(frame, list) or len(frame) != codebooks or any(type(code) is not int for code in frame):
+                return False
+            return all(0 <= code < (depth_vocab if k else vocab) for k, code in enumerate(frame))
+
+        for number, frames in codes.items():
+            if not isinstance(frames, list) or not 1 <= len(frames) <= self._frames or not all(map(is_frame, frames)):
+                raise ValueError(
+                    f"codes of prompt {number} must be 1 to {self._frames} frames of {codebooks} codes below {vocab}, in "
+                    f"codebook 0, and {depth_vocab}"
+                )
+        return codes
 
     def note(self, key: str, found: Fidelity) -> None:
         """Keep an evaluation."""
@@ -455,6 +535,10 @@ def _digest_of_weights(model: Any) -> str:
     return out.hexdigest()
 
 
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def _write(path: Path, data: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -466,8 +550,110 @@ def _plain(found: Fidelity) -> dict[str, Any]:
     return {group: figures.to_dict() for group, figures in found.items()}
 
 
-def _fidelity(data: Mapping[str, Any]) -> Fidelity:
-    return {group: Figures.from_dict(figures) for group, figures in data.items()}
+# -------------------------------------------------------------------------------------------- reading what was written
+
+
+def _is_ours(data: Any, kind: str) -> bool:
+    if not isinstance(data, dict) or data.get("kind") != kind:
+        return False
+    return type(data.get("schema")) is int and data["schema"] == _SCHEMA
+
+
+def _object(name: str, data: Any) -> dict[str, Any]:
+    if not isinstance(data, dict):
+        raise ValueError(f"{name} must be an object, got {data!r:.60}")
+    return data
+
+
+def _fidelity(name: str, data: Any, codebooks: int) -> Fidelity:
+    """Figures of every group: with one missing nothing could be said to hold."""
+    wanted = list(groups(codebooks))
+    if sorted(_object(name, data)) != sorted(wanted):
+        raise ValueError(f"{name} must have figures of {wanted}, got {sorted(data)}")
+    try:
+        return {group: Figures.from_dict(data[group]) for group in wanted}
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _evaluations(data: Any, codebooks: int) -> dict[str, Fidelity]:
+    for key in _object("evaluations", data):
+        pairs = [part.partition("=") for part in key.split(", ")]
+        formats = {zone: fmt for zone, _, fmt in pairs}
+        known = key == "exact" or (
+            all(_is_lowered(zone, fmt) for zone, _, fmt in pairs)
+            and len(formats) == len(pairs)
+            and key == _key(formats)
+        )
+        if not known:
+            raise ValueError(f"evaluations: {key!r} is no policy")
+    return {key: _fidelity(f"the evaluation of {key!r}", found, codebooks) for key, found in data.items()}
+
+
+def _is_lowered(zone: str, fmt: str) -> bool:
+    """Whether a trial can have a zone in a format."""
+    if zone not in ZONES or zone in SAFE_ZONES or fmt in ("keep", "fp32", "int4:128"):
+        return False
+    try:
+        PrecisionPolicy(((zone, fmt),))
+    except ValueError:
+        return False
+    return True
+
+
+def _sensitivity(data: Any, codebooks: int) -> dict[str, dict[str, Fidelity]]:
+    for zone, one in _object("sensitivity", data).items():
+        for fmt in _object(f"sensitivity of {zone!r}", one):
+            if not _is_lowered(zone, fmt):
+                raise ValueError(f"sensitivity: {zone!r} cannot be tried in {fmt!r}")
+    return {
+        zone: {fmt: _fidelity(f"the sensitivity of {zone!r}", found, codebooks) for fmt, found in one.items()}
+        for zone, one in data.items()
+    }
+
+
+def _raises(name: str, data: Any) -> list[tuple[str, str, str]]:
+    def is_step(step: Any) -> bool:
+        if not isinstance(step, list) or len(step) != 3 or not all(isinstance(part, str) for part in step):
+            return False
+        return step[1] != step[2] and all(fmt == "keep" or _is_lowered(step[0], fmt) for fmt in step[1:])
+
+    if not isinstance(data, list) or not all(map(is_step, data)):
+        raise ValueError(f"{name} must be a list of [zone, format, format], got {data!r:.60}")
+    return [(zone, old, new) for zone, old, new in data]
+
+
+def _bytes_per_frame(data: Any) -> dict[str, int]:
+    wanted = ("stock", "start", "auto")
+    if set(_object("bytes_per_frame", data)) != set(wanted) or not all(type(n) is int and n > 0 for n in data.values()):
+        raise ValueError(f"bytes_per_frame must be the bytes of {wanted}, got {data!r:.90}")
+    return {name: data[name] for name in wanted}
+
+
+def _thresholds(data: Any) -> Thresholds:
+    wanted = {one.name for one in fields(Thresholds)}
+    if set(_object("thresholds", data)) != wanted:
+        raise ValueError(f"thresholds must be {sorted(wanted)}, got {sorted(data)}")
+    return Thresholds(**data)
+
+
+def _check_spec(data: Any) -> int:
+    """The codebooks of a model's shape, all of whose fields are there."""
+
+    def check(name: str, shape: Any, kind: type[ModelSpec] | type[StackSpec]) -> None:
+        wanted = [one.name for one in fields(kind)]
+        if sorted(_object(name, shape)) != sorted(wanted):
+            raise ValueError(f"{name} must have the fields {wanted}, got {sorted(shape)}")
+        for field, value in shape.items():
+            if kind is ModelSpec and field in ("backbone", "depth"):
+                check(f"{name} {field}", value, StackSpec)
+            elif type(value) is not int and not (field == "eps" and type(value) is float):
+                raise ValueError(f"{name}: {field} must be a number, got {value!r}")
+
+    check("spec", data, ModelSpec)
+    if data["codebooks"] < 2:
+        raise ValueError(f"spec: codebooks must be at least 2, got {data['codebooks']}")
+    return int(data["codebooks"])
 
 
 def _difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:

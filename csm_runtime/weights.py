@@ -166,7 +166,7 @@ class Energy(NamedTuple):
 
 
 def _energy(source: Tensor, packed: Tensor | QuantWeight) -> Energy:
-    """Of ``[..., N, K]``, in fp32 some rows at a time, a fraction of what packing takes."""
+    """Of ``[..., N, K]``, some rows at a time, a fraction of what packing takes."""
     if source.ndim > 2:
         parts = [_energy(source[i], take_rows(packed, i)) for i in range(len(source))]
         return Energy(sum(part.signal for part in parts), sum(part.noise for part in parts))
@@ -174,9 +174,17 @@ def _energy(source: Tensor, packed: Tensor | QuantWeight) -> Energy:
     for first in range(0, len(source), step):
         some = slice(first, first + step)
         truth = source[some].to(torch.float32, copy=True)
-        signal += float(torch.linalg.vector_norm(truth)) ** 2
-        noise += float(torch.linalg.vector_norm(truth.sub_(dequantize(take_rows(packed, some))))) ** 2
+        signal += _norm(truth) ** 2
+        noise += _norm(truth.sub_(dequantize(take_rows(packed, some)))) ** 2
     return Energy(signal, noise)
+
+
+def _norm(values: Tensor) -> float:
+    """In fp32 while the squares fit that: fp64, which some devices lack, takes several times as long."""
+    norm = float(torch.linalg.vector_norm(values))
+    if 1e-12 < norm < math.inf:
+        return norm
+    return float(torch.linalg.vector_norm(values.cpu(), dtype=torch.float64))
 
 
 @dataclass(frozen=True)
@@ -197,8 +205,9 @@ def _converted(name: str, matrix: Tensor, fmt: str) -> tuple[Tensor | QuantWeigh
         return matrix.clone(memory_format=torch.contiguous_format), None
     if fmt in DTYPES:
         cast = matrix.to(DTYPES[fmt], memory_format=torch.contiguous_format)
-        if fmt == "fp16" and not torch.isfinite(cast).all():
-            raise ValueError(f"precision: {name} holds values beyond fp16 (or NaN): keep it, or store it as bf16")
+        if fmt != "fp32" and not torch.isfinite(cast).all():
+            instead = ", or store it as bf16" if fmt == "fp16" else ""
+            raise ValueError(f"precision: {name} holds values beyond {fmt} (or NaN): keep it{instead}")
         return cast, None if fmt == "fp32" else _energy(matrix, cast)
     kind, _, group = fmt.partition(":")
     try:
@@ -421,7 +430,7 @@ def _head_rows(policy: PrecisionPolicy, codebooks: int) -> list[tuple[str, list[
 def zone_table(
     packed: Packed, weights: PackedWeights, kv: tuple[torch.dtype, int], codec: tuple[torch.dtype, int]
 ) -> list[dict[str, Any]]:
-    """Per zone: ``format``, ``bytes`` held, ``bytes_per_frame`` read at batch 1, and ``sqnr_db``.
+    """Per zone: ``format``, ``bytes`` held, ``bytes_per_frame`` read at batch 1, ``sqnr_db``, and ``shared_with``.
 
     Args:
         packed: what the engine reads.
@@ -430,18 +439,27 @@ def zone_table(
         codec: likewise of the codec.
 
     ``bytes_per_frame`` is None for ``kv`` and ``codec``: what is read of a cache depends on the context, and the codec runs
-    on many frames at once. ``sqnr_db`` is None where nothing was rounded. Neighbouring heads of one format share a row.
+    on many frames at once. ``sqnr_db`` is None where nothing was rounded. ``shared_with`` is the zone whose bytes these are
+    as well, for embeddings that are tied; None for others. Neighbouring heads of one format share a row.
     """
     rows: list[dict[str, Any]] = []
     policy, codebooks = weights.policy, len(packed.depth_heads.places) + 1
     steps = codebooks - 1  # passes of the depth decoder: positions 0 and 1 in one
+    one, other = (table.data for table in (packed.backbone_embedding, packed.depth_embedding))
+    tied = one.data_ptr() == other.data_ptr() and one.shape == other.shape
 
     def add(name: str, zone: str, held: int, dtype: torch.dtype | None, read: int | None) -> None:
         fmt = policy.format_of(zone)
         if fmt == "keep" and dtype is not None:
             fmt = f"keep ({str(dtype).removeprefix('torch.')})"
         sqnr = weights.sqnr_db(zone)
-        rows.append({"zone": name, "format": fmt, "bytes": held, "bytes_per_frame": read, "sqnr_db": sqnr})
+        shared = "backbone.embedding" if zone == "depth.embedding" and tied else None
+        rows.append(
+            {
+                **{"zone": name, "format": fmt, "bytes": held, "bytes_per_frame": read},
+                **{"sqnr_db": sqnr, "shared_with": shared},
+            }
+        )
 
     def add_matrices(name: str, parts: list[Tensor | QuantWeight], reads: float, zone: str | None = None) -> None:
         held = sum(storage_bytes(part) for part in parts)

@@ -282,6 +282,30 @@ def test_sound_errors(metric: Metric) -> None:
         metric(sound.short(), sound.short())
 
 
+@pytest.mark.parametrize("metric", SPECTRA)
+@pytest.mark.parametrize("rate", [0, 1, -24000, 999, 24000.0, True, "24000", math.nan])
+def test_sample_rates_that_are_none(metric: Callable[..., Tensor], rate: object) -> None:
+    with pytest.raises(ValueError, match="sample_rate must be an integer of at least 1000 Hz, got"):
+        metric(normal(SECOND), normal(SECOND), rate)
+
+
+def test_the_least_sample_rate() -> None:
+    assert fidelity.multi_resolution_stft_distance(normal(1000), normal(1000) / 2, 1000) > 0.5
+
+
+@pytest.mark.parametrize("metric", SPECTRA)
+def test_sound_whose_squares_do_not_fit(metric: Metric) -> None:
+    """In fp32 the spectrum of a peak of 1e20 is infinite and the distance NaN."""
+    sound = speech_like()
+    for side in range(2):
+        pair = [sound, sound]
+        pair[side] = sound * 1e20
+        with pytest.raises(ValueError, match=f"{('reference', 'degraded')[side]} must have full scale at 1"):
+            metric(*pair)
+    loud = sound / sound.abs().max() * 1e6
+    assert 0 < metric(loud, loud * 0.5) < math.inf
+
+
 # -------------------------------------------------------------------------------------------------------- windows
 
 
@@ -311,5 +335,6 @@ def test_windows_show_the_worst_second() -> None:
 def test_window_errors() -> None:
     with pytest.raises(ValueError, match=r"at least 1.0 s, 24000 samples at 24000 Hz, got 1920"):
         fidelity.windows(torch.zeros(1920))
-    with pytest.raises(ValueError, match="seconds must be positive, got -1"):
-        fidelity.windows(torch.zeros(1920), seconds=-1)
+    for seconds, rate in ((-1, SECOND), (math.inf, SECOND), (math.nan, SECOND), (1.0, 0), (1.0, math.inf)):
+        with pytest.raises(ValueError, match=f"must be positive, got {seconds} and {rate}"):
+            fidelity.windows(torch.zeros(1920), seconds, rate)

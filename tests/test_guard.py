@@ -329,6 +329,29 @@ def test_a_breach_begins_with_the_first_bad_frame() -> None:
     assert "logits of codebook 0 at 20 dB, below the limit of 30" in breach.reason
 
 
+@pytest.mark.parametrize("passed", [None, 9])
+def test_what_can_no_longer_be_looked_at_is_made_again(monkeypatch: pytest.MonkeyPatch, passed: int | None) -> None:
+    """Checks that were not affordable for long: every kept frame is bad, and so may be all since the last that passed."""
+
+    def bad_from_10(name: str, samples: Sequence[Any]) -> Measures:
+        frames = [sample.frame for sample in samples]
+        if name != "depth":
+            return Measures()
+        return Measures(frames, {"logits of codebook 0": [20.0 if frame >= 10 else 40.0 for frame in frames]})
+
+    eye = watch(Checker(bad_from_10))
+    frame = 0
+    monkeypatch.setattr(eye.guard, "affords", lambda name: frame >= 60 or (passed is not None and frame < 10))
+    monkeypatch.setattr(eye.guard, "draw", lambda: 5)
+    for frame in range(100):  # affords() reads it
+        breach = eye.look(one(frame), [])
+        if breach is not None:
+            break
+    assert breach is not None
+    assert frame == 69
+    assert breach.first_bad == (0 if passed is None else 6), "frame 5 was the last to be verified"
+
+
 def test_too_many_differing_tokens_are_a_breach() -> None:
     """No single frame is out of its limits, but one token in four comes out differently."""
 
@@ -419,7 +442,7 @@ class Simulated:
         self.params = SamplingParams(0.9 * ones, torch.full((1,), 20), 0.95 * ones, torch.ones(1, dtype=torch.bool))
         scene: Any = Scene(
             packed=None, stock=lambda: None, stock_logits=None, corrupted=list, keys=[], values=[], allowed=ones,
-            prompt=0, position=ones, params=(self.params, self.params), seed=torch.zeros(1, dtype=torch.int64),
+            prompt=0, first=0, position=ones, params=(self.params, self.params), seed=torch.zeros(1, dtype=torch.int64),
             utterance=torch.zeros(1, dtype=torch.int64),
         )  # type: ignore[arg-type]  # fmt: skip
         self.scene = scene
@@ -601,6 +624,109 @@ def test_events_that_cannot_be_run_again(tmp_path: Path) -> None:
     path.write_text("not json")
     with pytest.raises(ValueError, match="no incident"):
         GuardEvent.load(path)
+
+
+def test_an_event_is_run_again_by_the_limits_of_its_own_rung() -> None:
+    """Under int8 the stock weights' frames are not those of the packed ones: an incident on ``eager`` is judged as such."""
+    from test_guard_faults import breaking, generate
+
+    model = accelerate(trained(), mode="eager", precision="fast", progress=False, guard=GuardConfig(budget=1e9))
+    breaking(model, lambda: RuntimeError("injected"))
+    generate(model)
+    handle = model.acceleration
+    seat = handle._seat("eager", 1)
+    (fast,) = handle.guard.events
+    assert handle.replay(fast) == []
+    emit = seat.engine.emit
+
+    def broken(runner: Any) -> None:
+        if int(runner.state.frame[0]) == 9:
+            raise RuntimeError("again")
+        emit(runner)
+
+    seat.engine.emit = broken
+    generate(model)
+    event = handle.guard.events[-1]
+    assert (event.rung, event.next_rung) == ("eager", "stock")
+    assert handle.replay(event) == []
+    other = accelerate(trained(), mode="eager", progress=False).acceleration
+    with pytest.raises(ValueError, match="'fast', this model has 'stock'"):
+        other.replay(event)
+
+
+def test_replaying_moves_no_rung(monkeypatch: pytest.MonkeyPatch) -> None:
+    from csm_runtime import ladder
+
+    model = broken_model()
+    guard = model.acceleration.guard
+    (event,) = guard.events
+    rung = guard.rung
+    guard.forget_floors()
+
+    def unsound(*args: Any) -> Any:
+        raise ArithmeticError("far off")
+
+    monkeypatch.setattr(ladder, "calibrate", unsound)
+    guard.fallback = "forbid"
+    with pytest.raises(ValueError, match="no limits for rung 'fast'.*far off"):
+        model.acceleration.replay(event)
+    assert (guard.rung, len(guard.events)) == (rung, 1)
+
+
+def test_a_check_that_cannot_be_run_again_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = broken_model()
+    (event,) = model.acceleration.guard.events
+    bare = {name: t for name, t in event.tensors.items() if name not in ("keys", "values", "allowed", "made")}
+    finding = {"check": "backbone", "measure": "keys", "frame": 6, "value": 1.0, "limit": 60.0}
+    about = GuardEvent(**{**vars(event), "tensors": bare, "findings": [finding]})
+    with pytest.raises(ValueError, match="too large to be kept"):
+        model.acceleration.replay(about)
+
+
+def test_differing_tokens_are_counted_again() -> None:
+    model = broken_model()
+    (event,) = model.acceleration.guard.events
+    what = "differing tokens of codebooks 1 to 7"
+    finding = {"check": "depth", "measure": what, "frame": 5, "value": 0.5, "limit": 0.01}
+    floors = model.acceleration.guard.floors["fast"]
+    floors.least.clear()
+    floors.most.clear()
+    floors.rates["codebooks 1 to 7"] = 1e-4
+    assert model.acceleration.replay(GuardEvent(**{**vars(event), "findings": []})) == []
+    (again,) = model.acceleration.replay(GuardEvent(**{**vars(event), "findings": [finding]}))
+    assert again.measure == what
+    assert again.value > again.limit
+
+
+def test_figures_that_json_does_not_know(tmp_path: Path) -> None:
+    finding = {"check": "depth", "measure": "m", "frame": 0, "value": float("-inf"), "limit": float("nan")}
+    event = GuardEvent("frame", "r", 0, "fast", "eager", None, "eager", "p", "float32", "cpu", 1, findings=[finding])
+    text = event.save(tmp_path).read_text()
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    (saved,) = load_events(tmp_path)
+    assert (saved.findings[0]["value"], saved.findings[0]["limit"]) == ("-inf", "nan")
+
+
+def test_events_do_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("csm_runtime.guard._MOST_EVENT_BYTES", 1000)
+    guard = Guard(GuardConfig(events=8), Metrics())
+    for number in range(4):
+        tensors = {"hidden": torch.zeros(100)}
+        event = GuardEvent(
+            "exception", str(number), 0, "fast", "eager", None, "eager", "p", "float32", "cpu", 1, tensors=tensors
+        )
+        guard.step_down(Breach(str(number), "exception", 0), "eager", event)
+    assert [bool(event.tensors) for event in guard.events] == [False, False, True, True]
+    monkeypatch.setattr("csm_runtime.guard._MOST_EVENT_BYTES", 10)
+    guard.step_down(Breach("5", "exception", 0), "eager", event)
+    assert [bool(event.tensors) for event in guard.events] == [False] * 4 + [True], "the latest keeps its own"
+
+
+def test_codebook_0_is_drawn_often_enough_to_be_strict() -> None:
+    """Its healthy rate rests on as many tokens as the next group's: 5 times a rate of 1 in 24 would find nothing."""
+    model = accelerate(build("eight_codebooks"), mode="eager", progress=False)
+    rates = model.acceleration.guard.floors["fast"].rates
+    assert rates["codebook 0"] <= 1.2 * rates["codebooks 1 to 7"] < 0.02
 
 
 def test_a_folder_that_cannot_be_written_costs_no_audio(tmp_path: Path) -> None:

@@ -463,6 +463,132 @@ def test_a_fault_in_the_codec(monkeypatch: pytest.MonkeyPatch, kind: str) -> Non
 # ------------------------------------------------------------------------------------------- the guard's own conduct
 
 
+def test_a_resumed_utterance_is_not_suspected_of_its_prefill() -> None:
+    """Frames of the rung above are prefilled by the stock layers, which an int8 backbone's own pass is not equal to."""
+    model = trained()
+    model.config.codebook_eos_token_id = 10**4
+    model = guarded(model, precision="fast")
+    up = model.acceleration._engine.packed.depth.layers[0].up.weight
+
+    def spoil(frame: int, out: Tensor, weight: Any) -> Tensor:
+        wrong = frame >= AT and address(weight) == address(up)
+        return out / weight.scale * weight.scale.roll(1) if wrong else out
+
+    Gemv(model, spoil)
+    assert generate(model, **SAMPLED).shape[1] == FRAMES
+    event = assert_found(model, "verification", suspect="depth")
+    assert model.acceleration.guard.rung == event.next_rung == "kept depth"
+    assert model.acceleration.metrics.counters["guard.checked.backbone"] > 1, "the rung below has been looked at"
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room for the copy"), ValueError("beyond fp16")])
+def test_weights_that_cannot_be_followed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    """Packing again fails: the stock path has the weights as they are, until someone says rearm()."""
+    model = guarded(precision="fast")
+    with torch.no_grad():
+        model.backbone_model.layers[0].mlp.up_proj.weight.mul_(1.5)
+    convert = weights._converted
+
+    def failing(*args: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(weights, "_converted", failing)
+    wanted = stock(model, **PROMPT, **GREEDY, max_new_tokens=FRAMES)
+    for _ in range(2):
+        assert torch.equal(generate(model), wanted)
+    event = only_event(model)
+    assert (event.kind, event.next_rung) == ("memory" if "room" in str(error) else "exception", "stock")
+    assert sum("rearm()" in r.getMessage() and str(error) in r.getMessage() for r in caplog.records) >= 1
+    guard = model.acceleration.guard
+    guard.rearm()
+    guard.fallback = "forbid"
+    with pytest.raises(Interrupted, match=str(error)):
+        generate(model)
+    monkeypatch.setattr(weights, "_converted", convert)
+    guard.rearm()
+    generate(model)
+    assert guard.rung == "fast"
+    assert model.acceleration.metrics.counters["generate.fast"] == 1
+
+
+def test_a_seed_holds_when_the_stock_path_goes_on() -> None:
+    made = []
+    for number in (1, 2):
+        model = guarded()
+        breaking(model, lambda: torch.OutOfMemoryError("injected"))
+        torch.manual_seed(number)
+        made.append(generate(model, **SAMPLED))
+        state = torch.get_rng_state()
+        torch.manual_seed(number)
+        assert torch.equal(state, torch.get_rng_state()), "the caller's generator is left alone"
+    assert model.acceleration.guard.rung == "stock"
+    assert torch.equal(*made)
+
+
+def test_one_failed_calibration_is_forgotten_by_rearm(monkeypatch: pytest.MonkeyPatch) -> None:
+    from csm_runtime import ladder
+
+    model = guarded(precision="fast")
+    guard, calibrate = model.acceleration.guard, ladder.calibrate
+
+    def failing(*args: Any) -> Any:
+        raise torch.OutOfMemoryError("injected")
+
+    monkeypatch.setattr(ladder, "calibrate", failing)
+    breaking(model, lambda: RuntimeError("injected"))
+    generate(model)
+    assert guard.rung == "eager"
+    assert list(guard.status()["unverifiable"]) == ["eager"]
+    monkeypatch.setattr(ladder, "calibrate", calibrate)
+    guard.rearm()
+    before = model.acceleration.metrics.counters["guard.verified"]
+    generate(model)
+    assert model.acceleration.metrics.counters["guard.verified"] == before + FRAMES // BLOCK
+    assert not guard.unverifiable
+
+
+def test_every_incident_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    model = guarded()
+    breaking(model, lambda: RuntimeError("injected"), times=2)
+    for number in (1, 2):
+        generate(model)
+        said = [record for record in caplog.records if "injected" in record.getMessage()]
+        assert len(said) == number
+        model.acceleration.guard.rearm()
+    assert [bool(record.exc_info) for record in said] == [True, False], "the traceback once"
+
+
+def test_frames_of_other_stock_calls_are_no_evidence() -> None:
+    model = guarded(precision="fast")
+    breaking(model, lambda: RuntimeError("injected"))
+    generate(model)
+    guard = model.acceleration.guard
+    assert guard.rung == "eager"
+    before = guard._healthy
+    with torch.autocast("cpu", torch.bfloat16):
+        generate(model)
+    assert guard._healthy == before
+
+
+def test_a_forbidden_calibration_is_one_incident(monkeypatch: pytest.MonkeyPatch) -> None:
+    from csm_runtime import ladder
+
+    model = guarded(precision="fast")
+    model.acceleration.guard.fallback = "forbid"
+
+    def unsound(*args: Any) -> Any:
+        raise ArithmeticError("unsound")
+
+    monkeypatch.setattr(ladder, "calibrate", unsound)
+    with torch.no_grad():
+        model.depth_decoder.model.layers[0].mlp.up_proj.weight.mul_(1.01)
+    with pytest.raises(Interrupted, match="^calibration: unsound"):
+        generate(model)
+    assert only_event(model).kind == "calibration"
+
+
 def test_forbidden_fallback_raises() -> None:
     model = guarded()
     model.acceleration.guard.fallback = "forbid"

@@ -188,6 +188,16 @@ def test_damage_is_heard(metric: str, module: str, best: float | None) -> None:
         assert whole == pytest.approx(best, abs=0.01)
 
 
+@pytest.mark.parametrize("level", [1e-30, 1e-44])
+@pytest.mark.parametrize("side", [0, 1])
+def test_the_real_pesq_says_where_it_hears_nothing(level: float, side: int) -> None:
+    pytest.importorskip("pesq")
+    pair = [noise(16_000), noise(16_000)]
+    pair[side] = level * pair[side] / pair[side].abs().max()
+    with pytest.raises(ValueError, match="for pesq"):
+        perceptual(*pair, 16_000, ("pesq",))
+
+
 def test_the_real_stoi_says_where_there_is_too_little_speech() -> None:
     pytest.importorskip("pystoi")
     burst = torch.zeros(32_000)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from torch import nn
 from csm_runtime import PrecisionPolicy, accelerate
 from csm_runtime.adapters.hf import read_spec
 from csm_runtime.adapters.spec import ModelSpec, StackSpec
+from csm_runtime.ladder import safer_policy
 from csm_runtime.metrics import Metrics
 from csm_runtime.precision import PRESETS, SAFE_ZONES, ZONES, resolve_policy, zones_of
-from csm_runtime.weights import planned_table
+from csm_runtime.weights import _converted, planned_table
 
 GREEDY = {"do_sample": False, "depth_decoder_do_sample": False}
 
@@ -38,7 +40,8 @@ def test_the_first_rule_that_matches_decides() -> None:
     lowered = {zone for zone in zones_of(32) if policy.format_of(zone) == "int8"}
     assert lowered == {"depth.attention", "depth.mlp", "depth.projection"}
     assert policy.format_of("depth.embedding") == "bf16"
-    assert PrecisionPolicy((("depth.*", "int8"), ("depth.head", "keep"))).format_of("depth.head.3") == "int8"
+    later = PrecisionPolicy((("depth.*", "int8"), ("*.head", "fp32")))
+    assert later.format_of("depth.head.3") == "int8" and later.format_of("backbone.head") == "fp32"
     assert all(PrecisionPolicy().format_of(zone) == "keep" for zone in zones_of(32))
 
 
@@ -52,11 +55,57 @@ def test_the_first_rule_that_matches_decides() -> None:
         ("depth.head.1", [1]),
         ("depth.head.[1-3]", [1, 2, 3]),
         ("depth.head.3?", [30, 31]),
+        ("depth.head.8-12", range(8, 13)),
+        ("depth.head.1-31", range(1, 32)),
+        ("depth.head.1-3,7,30-99", [1, 2, 3, 7, 30, 31]),
+        ("*.head.2,11", [2, 11]),
     ],
 )
 def test_heads_by_index(pattern: str, heads: Any) -> None:
     policy = PrecisionPolicy(((pattern, "int4:64"),))
     assert [zone for zone in HEADS if policy.format_of(zone) == "int4:64"] == [f"depth.head.{k}" for k in heads]
+
+
+@pytest.mark.parametrize("brackets", ["[1-31]", "[8-12]", "[10-20]", "[10,11]", "[!1-31]"])
+def test_a_number_in_brackets_is_refused(brackets: str) -> None:
+    """``fnmatch`` would take one character of it: heads 1 and 2 for ``[10-20]``."""
+    with pytest.raises(ValueError, match=r"one character.*'depth.head.8-12'"):
+        PrecisionPolicy(((f"depth.head.{brackets}", "int8"),))
+
+
+@pytest.mark.parametrize("numbers", ["12-8", "0-3", "1-", "-3", "1,,3", "256-300"])
+def test_numbers_of_no_head(numbers: str) -> None:
+    with pytest.raises(ValueError, match="matches no zone"):
+        PrecisionPolicy(((f"depth.head.{numbers}", "int8"),))
+
+
+@pytest.mark.parametrize(
+    ("rules", "taker"),
+    [
+        ((("depth.*", "int8"), ("depth.head.[1-3]", "keep")), "rule 1, ('depth.*', 'int8'), takes"),
+        ((("depth.mlp", "int4"), ("depth.mlp", "int4")), "rule 1, ('depth.mlp', 'int4'), takes"),
+        (
+            (("backbone.mlp", "int8"), ("depth.mlp", "int4"), ("*.mlp", "keep")),
+            "rule 1, ('backbone.mlp', 'int8'), and rule 2, ('depth.mlp', 'int4'), take",
+        ),
+        ((("*", "keep"), ("*", "bf16")), "rule 1, ('*', 'keep'), takes"),
+    ],
+)
+def test_a_rule_that_can_never_apply(rules: Any, taker: str) -> None:
+    """A ``keep`` after what it was to protect from would silently do nothing."""
+    with pytest.raises(ValueError, match=re.escape(f"rule {len(rules)}, {rules[-1]}, decides no zone: {taker} all")):
+        PrecisionPolicy(rules)
+
+
+@pytest.mark.parametrize("policy", PRESETS.values(), ids=lambda policy: policy.name)
+def test_a_rung_can_be_made_of_every_preset(policy: PrecisionPolicy) -> None:
+    """Keeping a part of the model leaves some of a policy's rules without a zone: they are dropped, not refused."""
+    for part in ("backbone", "depth"):
+        safer = safer_policy(policy, f"kept {part}")
+        assert safer.format_of(f"{part}.mlp") == "keep"
+    mixed = PrecisionPolicy((("depth.mlp", "int4"), ("*.mlp", "int8")))
+    assert safer_policy(mixed, "kept backbone").format_of("backbone.mlp") == "keep"
+    assert safer_policy(mixed, "kept depth").rules == (("depth.*", "keep"), ("kv", "keep"), ("*.mlp", "int8"))
 
 
 def test_a_rule_about_a_head_the_model_does_not_have() -> None:
@@ -108,7 +157,7 @@ def test_what_presets_read_of_csm_1b() -> None:
         assert f"| `{name}` | {read[name]:,.0f} |" in table
 
 
-@pytest.mark.parametrize("pattern", ["*", "backbone.*", "*.head", "backbone.h*"])
+@pytest.mark.parametrize("pattern", ["*", "backbone.*", "*.head", "*.h*"])
 @pytest.mark.parametrize("fmt", ["bf16", "fp16"])
 def test_a_safe_zone_is_lowered_only_by_name(pattern: str, fmt: str) -> None:
     with pytest.raises(ValueError, match="safe zone 'backbone.head'"):
@@ -196,6 +245,7 @@ def test_policies_as_files(tmp_path: Any) -> None:
     [
         ({"schema": 2}, ["schema must be 1, got 2"]),
         ({"schema": None}, ["schema must be 1"]),
+        ({"schema": True}, ["schema must be 1, got True"]),
         ({"extra": 1}, ["extra", "no others"]),
         ({"rules": {"depth.mlp": "int8"}}, ["rules must be a list"]),
         ({"rules": [{"zone": "depth.mlp"}]}, ["a rule must have the fields ('zone', 'format')"]),
@@ -214,7 +264,15 @@ def test_files_that_are_no_policy(tmp_path: Any, change: dict[str, Any], words: 
     assert all(word in str(caught.value) for word in (str(path), *words))
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"schema": 1}', "\xff"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "{", "[]", "null", '{"schema": 1}', "\xff", "[" * 100_000),
+        '{"schema": 1, "name": "a", "rules": [], "rules": [{"zone": "kv", "format": "bf16"}]}',
+        '{"schema": 1, "name": "a", "rules": NaN}',
+    ],
+    ids=lambda text: text[:20],
+)
 def test_files_that_are_no_json(tmp_path: Any, text: str) -> None:
     path = tmp_path / "policy.json"
     path.write_text(text, encoding="latin-1")
@@ -346,6 +404,55 @@ def test_the_signal_that_a_format_leaves() -> None:
     assert got["backbone.attention"] is None, "bf16 is what it was"
     assert 15 < got["backbone.mlp"] < 25 < got["depth.head.4-7"] < 35 < got["backbone.embedding"] < 50
     assert f"{got['backbone.mlp']:.1f} dB" in str(report)
+
+
+@pytest.mark.parametrize("fmt", ["bf16", "fp16", "fp32", "keep"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_of_a_codec_in_another_format(fmt: str, dtype: torch.dtype) -> None:
+    """Before the copy has been made they are what it will hold."""
+    model = build(dtype=dtype)
+    accelerate(model, precision=PrecisionPolicy((("codec", fmt),)), mode="eager", progress=False)
+    before = model.acceleration.report()
+    model.acceleration._sound(torch.ones(1, 2, model.config.num_codebooks, dtype=torch.long))
+    after = model.acceleration.report()
+    row = before.zones[-1]
+    assert row == after.zones[-1] and row["format"].startswith(fmt)
+    held = sum(p.nbytes for p in model.codec_model.parameters())
+    copied = after.copied_bytes - before.copied_bytes
+    if fmt == "keep" or {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[fmt] == dtype:
+        assert (row["bytes"], copied) == (held, 0)
+    else:
+        assert row["bytes"] == copied > 0
+
+
+def test_tied_embeddings_count_once() -> None:
+    policy = PrecisionPolicy((("*.embedding", "int8"),))
+    for precision in (PRESETS["exact"], policy):
+        report = accelerate(build("tied"), precision=precision, mode="eager", progress=False).acceleration.report()
+        rows = {row["zone"]: row for row in report.zones}
+        assert rows["depth.embedding"]["bytes"] == rows["backbone.embedding"]["bytes"] > 0
+        assert {zone for zone, row in rows.items() if row["shared_with"]} == {"depth.embedding"}
+        assert report.bytes == sum(row["bytes"] for row in report.zones) - rows["depth.embedding"]["bytes"]
+        assert report.to_dict()["bytes"] == report.bytes
+        line = next(line for line in str(report).splitlines() if line.startswith("sum"))
+        assert f"{report.bytes / 1e6:.1f} MB" in line and "depth.embedding is backbone.embedding" in line
+    apart = PrecisionPolicy((("backbone.embedding", "int8"), ("depth.embedding", "int4:32")))
+    report = accelerate(build("tied"), precision=apart, mode="eager", progress=False).acceleration.report()
+    assert report.bytes == sum(row["bytes"] for row in report.zones)
+    assert (
+        report.bytes
+        > accelerate(build("tied"), precision=policy, mode="eager", progress=False).acceleration.report().bytes
+    )
+
+
+@pytest.mark.parametrize("size", [3.2e38, 1e-25, 1.0])
+def test_the_signal_of_weights_whose_squares_do_not_fit_fp32(size: float) -> None:
+    """int8 keeps the same signal of a matrix at any scale."""
+    matrix = torch.linspace(-1, 1, 40 * 24).view(40, 24)
+    _, wanted = _converted("matrix", matrix, "int8")
+    _, got = _converted("matrix", matrix * size, "int8")
+    assert got.signal / got.noise == pytest.approx(wanted.signal / wanted.noise, rel=1e-3)
+    assert got.signal == pytest.approx(wanted.signal * size**2)
 
 
 def test_bytes_of_the_buffers() -> None:

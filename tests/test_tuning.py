@@ -149,7 +149,7 @@ def test_a_raise_that_was_not_needed_is_taken_back(monkeypatch: pytest.MonkeyPat
 
     def measure(self: Any, formats: dict[str, str]) -> Any:
         cost = sum(costs.get(zone, {}).get(fmt, 0.0) for zone, fmt in formats.items())
-        return {"codebook 0": tuning.Figures(cost, 1.0, 1.0, 20.0)}
+        return {group: tuning.Figures(cost, 1.0, 1.0, 20.0) for group in ("codebook 0", "codebooks 1 to 7")}
 
     monkeypatch.setattr(tuning._Trial, "measure", measure)
     result = tuned(trained(), dataclasses.replace(FREE, max_kl0=0.5))
@@ -228,6 +228,155 @@ def test_a_state_of_something_else_is_refused(tmp_path: Path) -> None:
         tuned(trained(), FREE, state=path)
 
 
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Calibration, str]:
+    """A state whose evaluations cost nothing to make: the trained model's, with codes of one row."""
+    good = {group: tuning.Figures(0.0, 1.0, 1.0, 20.0) for group in ("codebook 0", "codebooks 1 to 7")}
+    state = tmp_path_factory.mktemp("tuning") / "state.json"
+    calibration = Calibration([text_prompt([5]), *speech(1)], frames=3, thresholds=FREE, state=state)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuning._Trial, "measure", lambda self, formats: good)
+        tune(trained(), calibration, progress=False)
+    return calibration, state.read_text()
+
+
+FIRST = "backbone.attention=int8"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda data: data["evaluations"].update({FIRST: {}}), rf"'{FIRST}' must have figures of"),
+        (lambda data: data["evaluations"][FIRST].pop("codebooks 1 to 7"), "must have figures of"),
+        (lambda data: data["evaluations"][FIRST]["codebook 0"].update(kl_nats="-inf"), "kl_nats must be from 0"),
+        (lambda data: data["evaluations"][FIRST]["codebook 0"].update(kl_nats=-0.1), "kl_nats must be from 0"),
+        (lambda data: data["evaluations"][FIRST]["codebook 0"].update(kl_nats="nan"), "kl_nats must be from 0"),
+        (lambda data: data["evaluations"][FIRST]["codebook 0"].update(kl_nats=10**400), "kl_nats must be from 0"),
+        (lambda data: data["evaluations"][FIRST]["codebook 0"].update(top1=1.5), "top1 must be from 0 to 1"),
+        (lambda data: data["evaluations"][FIRST]["codebook 0"].update(near=True), "near must be from 0 to 1"),
+        (lambda data: data["evaluations"][FIRST]["codebook 0"].pop("near"), "figures must be"),
+        (lambda data: data["evaluations"].update({"codec=int8": {}}), "'codec=int8' is no policy"),
+        (lambda data: data["evaluations"].update({"depth.mlp=int8, backbone.mlp=int8": {}}), "is no policy"),
+        (lambda data: data["evaluations"].update({"depth.mlp=keep": {}}), "is no policy"),
+        (lambda data: data.update(evaluations=[]), "evaluations must be an object"),
+        (lambda data: data.pop("codes"), "must have the fields"),
+        (lambda data: data.update(more=1), "must have the fields"),
+        (lambda data: data.update(codes=[]), "codes must be by the number of a prompt without codes"),
+        (lambda data: data["codes"].update({"1": data["codes"]["0"]}), r"prompt without codes, \['0'\]"),
+        (lambda data: data["codes"].update({"0": []}), "1 to 3 frames of 8 codes"),
+        (lambda data: data["codes"].update({"0": [[0] * 8] * 4}), "1 to 3 frames of 8 codes"),
+        (lambda data: data["codes"].update({"0": [[0] * 7]}), "1 to 3 frames of 8 codes"),
+        (lambda data: data["codes"].update({"0": [[0.5] * 8]}), "1 to 3 frames of 8 codes"),
+        (lambda data: data["codes"].update({"0": [[-1] * 8]}), "1 to 3 frames of 8 codes"),
+        (lambda data: data["codes"].update({"0": [[10**30] * 8]}), "1 to 3 frames of 8 codes"),
+        (lambda data: data["versions"].update(csm_kernels="0.0.1"), "a tuning of other versions"),
+        (lambda data: data["versions"].update(torch="1.0"), "a tuning of other versions"),
+        (lambda data: data.update(device="H100"), "a tuning of another device"),
+        (lambda data: data.update(schema=True), "not the state of a tuning"),
+    ],
+)
+def test_a_damaged_state_is_refused(measured: tuple[Calibration, str], tmp_path: Path, change: Any, words: str) -> None:
+    """An evaluation without figures would hold, and the most aggressive policy with it."""
+    path = tmp_path / "state.json"
+    data = json.loads(measured[1])
+    change(data)
+    path.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=rf"state.json: .*{words}"):
+        tune(trained(), dataclasses.replace(measured[0], state=path), progress=False)
+
+
+def test_what_was_not_measured_does_not_hold() -> None:
+    good = tuning.Figures(0.0, 1.0, 1.0, 20.0)
+    assert set(FREE.excess({})) == {"codebook 0", "codebooks 1 to 7"}
+    both = {"codebook 0": good, "codebooks 1 to 7": good}
+    assert FREE.excess(both) == FREE.excess(both, 8) == {}
+    assert FREE.excess(both, 9) == {"codebooks from 8": "nothing was measured of codebooks from 8"}
+
+
+def test_a_format_that_saves_nothing_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of 24 to 48 columns: int4 pads them to 128, so int8 is smaller, and the stock dtype where that is narrower."""
+    tried = []
+
+    def measure(self: Any, formats: dict[str, str]) -> Any:
+        tried.extend(formats.items())
+        fine = formats.get("depth.mlp", "keep") == "keep"
+        return {
+            group: tuning.Figures(0.0 if fine else 1.0, 1.0, 1.0, 20.0) for group in ("codebook 0", "codebooks 1 to 7")
+        }
+
+    monkeypatch.setattr(tuning._Trial, "measure", measure)
+    start = PrecisionPolicy((("depth.mlp", "int4"), ("backbone.mlp", "int4"), ("depth.head", "fp32"), ("kv", "bf16")))
+    calibration = Calibration(
+        [text_prompt([5])], frames=3, start=start, thresholds=dataclasses.replace(FREE, max_kl=0.5)
+    )
+    result = tune(build(dtype=torch.bfloat16), calibration, progress=False)
+    assert ("depth.mlp", "int4") not in tried and ("backbone.mlp", "int4") not in tried
+    assert ("kv", "bf16") not in tried, "the model is in bf16"
+    assert result.raised == [("depth.mlp", "int8", "keep")] and result.policy.rules == (("backbone.mlp", "int8"),)
+    assert result.bytes_per_frame["auto"] < result.bytes_per_frame["stock"]
+
+
+def a_result(**changes: Any) -> TunedPolicy:
+    good = {group: tuning.Figures(0.0, 1.0, 1.0, 20.0) for group in ("codebook 0", "codebooks 1 to 7")}
+    result = TunedPolicy(
+        policy=PrecisionPolicy((("depth.mlp", "int8"),), "auto"),
+        thresholds=FREE,
+        fidelity=good,
+        frames=3,
+        start="smallest",
+        sensitivity={"depth.mlp": {"int4": good}},
+        raised=[("depth.mlp", "int4", "int8")],
+        reverted=[],
+        bytes_per_frame={"stock": 3, "start": 1, "auto": 2},
+        evaluations={"depth.mlp=int4": good, "exact": good},
+        spec=dataclasses.asdict(hf.read_spec(trained())),
+        weights=tuning._digest_of_weights(trained()),
+    )
+    return dataclasses.replace(result, **changes)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda data: data.update(bytes_per_frame={}), "bytes_per_frame must be the bytes of"),
+        (lambda data: data["bytes_per_frame"].update(stock=0), "bytes_per_frame must be the bytes of"),
+        (lambda data: data.update(fidelity={}), "fidelity must have figures of"),
+        (lambda data: data.update(fidelity=[]), "fidelity must be an object"),
+        (lambda data: data.update(frames=True), "frames must be int"),
+        (lambda data: data.update(start=""), "start must be str"),
+        (lambda data: data.update(weights=None), "weights must be str"),
+        (lambda data: data["thresholds"].pop("tie"), "thresholds must be"),
+        (lambda data: data["thresholds"].update(max_kl="x"), "max_kl must be a finite number"),
+        (lambda data: data.update(raised=[["depth.mlp", "int4"]]), "raised must be a list of"),
+        (lambda data: data.update(raised="abc"), "raised must be a list of"),
+        (lambda data: data.update(reverted=[["codec", "keep", "bf16"]]), "reverted must be a list of"),
+        (lambda data: data["sensitivity"].update(kv={"int8": {}}), "'kv' cannot be tried in 'int8'"),
+        (lambda data: data.update(evaluations={"exact": {}}), "'exact' must have figures of"),
+        (lambda data: data["spec"].pop("vocab"), "spec must have the fields"),
+        (lambda data: data["spec"]["depth"].update(layers="2"), "spec depth: layers must be a number"),
+        (lambda data: data.update(schema=True), "not a tuned policy"),
+        (lambda data: data.update(extra=1), "must have the fields"),
+    ],
+)
+def test_a_damaged_result_is_refused(tmp_path: Path, change: Any, words: str) -> None:
+    data = a_result().to_dict()
+    assert TunedPolicy.from_dict(json.loads(json.dumps(data))) == a_result()
+    change(data)
+    (tmp_path / "auto.json").write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=rf"auto.json: .*{words}"):
+        TunedPolicy.load(tmp_path / "auto.json")
+
+
+def test_a_result_for_other_weights_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    a_result().save(tmp_path / "auto.json")
+    model = trained()
+    assert tuning.resolve(model, tmp_path / "auto.json") == a_result() and not caplog.records
+    with torch.no_grad():
+        model.depth_decoder.model.layers[0].mlp.up_proj.weight[3, 3] += 0.5
+    assert tuning.resolve(model, tmp_path / "auto.json") == a_result()
+    assert "auto.json: tuned for other weights" in caplog.text
+
+
 def test_a_result_is_saved_loaded_and_used(tmp_path: Path) -> None:
     result = tuned(trained(), Thresholds(max_kl0=0, max_kl=5e-4, min_top1_0=0))
     assert any(figures.sqnr_db == float("inf") for figures in result.fidelity.values()), "infinity survives JSON"
@@ -285,6 +434,22 @@ def test_without_a_calibration_text_is_made_up() -> None:
         ({"precision": "auto", "calibration": 3}, "calibration must be"),
         ({"precision": "auto", "calibration": {"input_ids": torch.zeros(1, 3)}}, "calibration must be"),
         ({"precision": "auto", "calibration": ["hello"]}, "a prompt must be a dict"),
+        ({"precision": "auto", "calibration": []}, "got an empty list; None takes made-up text"),
+        ({"precision": "auto", "calibration": [{"input_ids": torch.ones(5)}]}, r"must be \[N, T\].*, got \(5,\)"),
+        ({"precision": "auto", "calibration": [{"input_ids": torch.ones(0, 5)}]}, r"at least one row .*, got \(0, 5\)"),
+        ({"precision": "auto", "calibration": [{"input_ids": torch.ones(1, 0)}]}, r"at least one row .*, got \(1, 0\)"),
+        (
+            {"precision": "auto", "calibration": [{"input_ids": [[1, 2]]}]},
+            "input_ids of a prompt must be a tensor, got list",
+        ),
+        (
+            {"precision": "auto", "calibration": [{"input_ids": torch.ones(1, 3), "codes": [[1, 2]]}]},
+            "codes of a prompt must be a tensor, got list",
+        ),
+        (
+            {"precision": "auto", "calibration": [{"input_ids": torch.ones(2, 3), "attention_mask": torch.ones(1, 3)}]},
+            r"attention_mask of a prompt must begin with \(2, 3\)",
+        ),
         ({"precision": "auto", "calibration": [{"input_ids": torch.ones(1, 3), "labels": 1}]}, "'labels'"),
         ({"precision": "int8", "calibration": [{}]}, "calibration is for precision='auto'"),
     ],
@@ -320,7 +485,9 @@ def test_heads_of_several_formats_cannot_be_a_start() -> None:
         tuned(trained(), FREE, start=mixed)
 
 
-@pytest.mark.parametrize("options", [{"max_kl": -1.0}, {"min_near": 1.5}, {"tie": float("nan")}])
+@pytest.mark.parametrize(
+    "options", [{"max_kl": -1.0}, {"min_near": 1.5}, {"tie": float("nan")}, {"max_kl": float("inf")}, {"max_kl0": True}]
+)
 def test_thresholds_that_mean_nothing(options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         Thresholds(**options)
@@ -328,6 +495,6 @@ def test_thresholds_that_mean_nothing(options: dict[str, float]) -> None:
 
 def test_thresholds_from_text() -> None:
     assert Thresholds.parse(["max_kl0=0.01", "min_near=0.5, tie=1"]) == Thresholds(max_kl0=0.01, min_near=0.5, tie=1)
-    for text in ("max_kl0", "kl=1", "tie=x"):
+    for text in ("max_kl0", "kl=1", "tie=x", "max_kl=inf"):
         with pytest.raises(ValueError, match="thresholds"):
             Thresholds.parse([text])

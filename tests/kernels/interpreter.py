@@ -4,6 +4,8 @@
 - fp32 to bf16 truncates where a GPU rounds to nearest even, fp32 to fp8 is off by one code: torch casts instead.
 - ``tl.dot`` multiplies the raw bits of bf16: widened first.
 - Programs run one after the other, so one that waits for another waits for ever: :func:`concurrent` interleaves them.
+- Every launch, and every call of one jitted function by another, looks through all of ``triton.language`` for what is to be
+  replaced, a quarter of a test's time: replaced once, and for good, since such a process compiles nothing.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import math
 import random
 import threading
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -86,6 +89,9 @@ def repair() -> None:
 
     builder.cast_impl, builder.create_fp_to_fp, builder.create_dot = cast_impl, create_fp_to_fp, create_dot
     interpreter._patch_lang_tensor = patch_tensor
+    interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+    nothing_to_restore = interpreter._LangPatchScope()
+    interpreter._patch_lang = lambda kernel: nothing_to_restore
 
 
 class Deadlock(RuntimeError):
