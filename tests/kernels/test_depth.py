@@ -352,7 +352,9 @@ def test_teacher_forced_logits(table: bool, fmt: str | None, dtype: torch.dtype,
     codes[:, 0] = given[1]
     made = depth_logits(given[0], codes, packed)
     assert made.shape == (6, 4, packed.vocab)
-    assert_logits(made.transpose(0, 1), codes, packed, given, dtype)
+    # Between quantised weights the SwiGLU's output is bf16: which way a value near a tie goes is the library's last bit.
+    eager = BF16 if fmt is not None else dtype
+    assert_logits(made.transpose(0, 1), codes, packed, given, eager)
     fewer = depth_logits(given[0], codes[:, :2], packed, 3)
     assert torch.allclose(fewer, made[:, :2], atol=1e-5 if dtype == F32 else 0.1)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from csm_kernels import rvq
+from csm_kernels._target import interpreting
 from csm_kernels._tiles import override_tiles
 from csm_kernels.rvq import rvq_decode, rvq_decode_ref
 from csm_kernels.testing import assert_close, assert_untouched, guarded
@@ -99,7 +100,9 @@ def test_both_ways_of_summing_agree(device: torch.device) -> None:
     for rows in (1, 16, 32):
         with override_tiles("rvq", BLOCK_R=rows, BLOCK_N=16, BLOCK_D=32):
             outs.append(check(given))
-    assert torch.allclose(outs[0], outs[1], atol=1e-5) and torch.equal(outs[1], outs[2])
+    assert torch.allclose(outs[0], outs[1], atol=1e-5) and torch.allclose(outs[1], outs[2], atol=1e-5)
+    # Interpreted, a product is the host library's, and how that sums may depend on how many rows there are.
+    assert interpreting() or torch.equal(outs[1], outs[2])
 
 
 def test_strides_are_walked_and_not_copied(device: torch.device) -> None:
