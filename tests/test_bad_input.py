@@ -73,7 +73,9 @@ def not_accelerated(model: Any, *words: Any, error: type[Exception] = ValueError
 # ------------------------------------------------------------------------------------------------ accelerate()
 
 
-@pytest.mark.parametrize("thing", [None, "sesame/csm-1b", 3, nn.Linear(2, 2), object()], ids=lambda thing: type(thing).__name__)
+@pytest.mark.parametrize(
+    "thing", [None, "sesame/csm-1b", 3, nn.Linear(2, 2), object()], ids=lambda thing: type(thing).__name__
+)
 def test_not_a_csm(thing: Any) -> None:
     with not_accelerated(thing, "model", "CsmForConditionalGeneration", type(thing).__qualname__, error=TypeError):
         accelerate(thing)
