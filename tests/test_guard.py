@@ -691,9 +691,11 @@ def test_differing_tokens_are_counted_again() -> None:
     floors = model.acceleration.guard.floors["fast"]
     floors.least.clear()
     floors.most.clear()
-    floors.rates["codebooks 1 to 7"] = 1e-4
-    assert model.acceleration.replay(GuardEvent(**{**vars(event), "findings": []})) == []
-    (again,) = model.acceleration.replay(GuardEvent(**{**vars(event), "findings": [finding]}))
+    codes = event.tensors["codes"].clone()
+    codes[..., 3] = (codes[..., 3] + 1) % 32
+    other = {**vars(event), "tensors": {**event.tensors, "codes": codes}}
+    assert model.acceleration.replay(GuardEvent(**{**other, "findings": []})) == []
+    (again,) = model.acceleration.replay(GuardEvent(**{**other, "findings": [finding]}))
     assert again.measure == what
     assert again.value > again.limit
 
