@@ -210,11 +210,11 @@ class DecodeLoop:
         self._mailbox = _Mailbox(self._lag + 1, rows, codebooks, engine.device)
 
     def _say(self, fault: Exception) -> None:
-        """Count a fault and log it, with its traceback the first time."""
+        """Count a fault and, the first time, log it; the guard's line follows each time."""
         what = f"{type(fault).__name__}: {fault}"
-        trace = fault if self._metrics.fault(what) else None
-        after = "after the end of speech" if self.complete else "a safer path goes on until guard.rearm()"
-        logger.warning("the fast path failed at frame %d, %s: %s", len(self.frames), after, what, exc_info=trace)
+        if self._metrics.fault(what):
+            after = "after the end of speech" if self.complete else "a safer path goes on until guard.rearm()"
+            logger.warning("the fast path failed at frame %d, %s: %s", len(self.frames), after, what, exc_info=fault)
 
     def _launch(self) -> None:
         """Enqueue one frame and the copies of what the host wants of it; nothing here waits for the device."""

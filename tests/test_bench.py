@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -51,7 +52,9 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.slow
 def test_microbenchmark_of_one_op(tmp_path: Any) -> None:
     command = [sys.executable, str(ROOT / "bench" / "kernels.py"), "--ops", "swiglu", "--out", str(tmp_path)]
-    subprocess.run(command, check=True, cwd=tmp_path)
+    # pytest-benchmark measures nothing in a worker of xdist, and would take itself for one.
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    subprocess.run(command, check=True, cwd=tmp_path, env=alone)
     (path,) = tmp_path.glob("kernels-*.json")
     result = json.loads(path.read_text())
     assert not result["red"] and result["bandwidth_gb_per_s"] > 0.5
@@ -183,8 +186,8 @@ def test_precision_of_the_presets(tmp_path: Any) -> None:
     assert list(presets) == ["exact", "balanced", "fast", "smallest"]
     assert (tmp_path / "precision.md").read_text() in done.stdout
     kl = [[row["trained"][group]["kl_nats"] for row in presets.values()] for group in ("0", "1")]
-    assert kl[0][:2] == [0.0, 0.0] and 0 < kl[0][2] < kl[0][3]
-    assert kl[1][0] == 0.0 and 0 < kl[1][2] < kl[1][3]
+    assert max(kl[0][:2]) < 1e-9 < kl[0][2] < kl[0][3]
+    assert kl[1][0] < 1e-9 < kl[1][2] < kl[1][3]
     assert all(0 <= part["top1"] <= 1 for row in presets.values() for part in row["trained"].values())
     shares = [row["share_of_bf16"] for row in presets.values()]
     assert shares[0] == 1.0 and shares == sorted(shares, reverse=True)
