@@ -8,7 +8,7 @@ import threading
 import time
 import types
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from csm_runtime.adapters import hf, hf_call
 from csm_runtime.adapters.hf_passes import Passes
 from csm_runtime.checks import Checks
 from csm_runtime.codec import CodecPath, cut_at_end
-from csm_runtime.decode_loop import DecodeLoop
+from csm_runtime.decode_loop import DecodeLoop, breach_of
 from csm_runtime.engine import BUCKETS, Engine, bucket_for
 from csm_runtime.events import GuardEvent
 from csm_runtime.generate import FastGenerate, Seeds, plain_mode
@@ -512,10 +512,11 @@ class Acceleration:
 
     def _cannot_follow(self, error: Exception) -> None:
         """The weights could not be brought up to date: the stock path has them, and every later call until rearm()."""
-        what = f"{type(error).__name__}: {str(error).strip()[:500]}"
-        self.metrics.fault(what)
-        memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        breach = Breach(f"the weights could not be followed: {what}", "memory" if memory else "exception", 0)
+        breach = breach_of(error, 0)
+        self.metrics.fault(breach.reason)
+        breach = replace(breach, reason=f"the weights could not be followed: {breach.reason}")
+        if breach.kind == "memory":
+            self._give_memory_back()
         self.guard.step_down(breach, STOCK, self._event(breach, 0, 0, STOCK, {}), error)
 
     def _went_stock(self, reason: str) -> None:
@@ -572,10 +573,14 @@ class Acceleration:
             self._seats.clear()  # they may share them
         if breach.kind == "memory":
             loop.runner = loop.watch = None
-            for seat in (self._fast_seat(), *self._seats.values()):
-                seat.engine.free()
-            self._seats.clear()
+            self._give_memory_back()
         self._distrust(breach, len(loop.frames), rows, evidence)
+
+    def _give_memory_back(self) -> None:
+        """The buffers of every rung; those who need them again make new ones."""
+        for seat in (self._fast_seat(), *self._seats.values()):
+            seat.engine.free()
+        self._seats.clear()
 
     def _distrust(self, breach: Breach, frame: int, rows: int, evidence: dict[str, Tensor]) -> None:
         """Take the next rung; the frames before ``frame`` stay."""

@@ -155,7 +155,7 @@ class DecodeLoop:
             if self._fault is not None:
                 self._say(self._fault)
                 if self.breach is None:
-                    self.breach = _breach(self._fault, len(self.frames), self.watch)
+                    self.breach = breach_of(self._fault, len(self.frames), self.watch)
                 self._fault = None  # its traceback holds this loop
 
     @property
@@ -279,8 +279,8 @@ class DecodeLoop:
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
-def _breach(fault: Exception, frame: int, watch: Watch | None) -> Breach:
-    """What an exception, or a frame's own checks, mean for the utterance."""
+def breach_of(fault: Exception, frame: int, watch: Watch | None = None) -> Breach:
+    """What an exception, or a frame's own checks, mean for an utterance whose frames before ``frame`` are good."""
     reason = f"{type(fault).__name__}: {fault}"
     if isinstance(fault, FrameFault):
         suspect = None

@@ -460,7 +460,7 @@ class _State:
         self._header = {
             "kind": _STATE,
             "schema": _SCHEMA,
-            "model": {"spec": asdict(hf.read_spec(model)), "weights": _digest_of_weights(model)},
+            "model": {"spec": asdict(spec), "weights": _digest_of_weights(model)},
             "prompts": f"{measuring.digest(rows)} {how}",
             # Both decide what a format does to a weight, and how its logits are rounded.
             "versions": {"csm_kernels": __version__, "torch": torch.__version__},

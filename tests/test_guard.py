@@ -6,7 +6,7 @@ import json
 import math
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -315,14 +315,20 @@ def test_a_suspicion_is_looked_at_closely_before_anything_is_done() -> None:
     assert [frames[0] for frames in more[:BLOCK]] == list(range(second[0] + 1, second[0] + 1 + BLOCK))
 
 
-def test_a_breach_begins_with_the_first_bad_frame() -> None:
-    def bad_from_21(name: str, samples: Sequence[Any]) -> Measures:
+def bad_from(first: int) -> Callable[[str, Sequence[Any]], Measures]:
+    """A depth check whose logits are too far off from a frame on."""
+
+    def check(name: str, samples: Sequence[Any]) -> Measures:
         frames = [sample.frame for sample in samples]
         if name != "depth":
             return Measures()
-        return Measures(frames, {"logits of codebook 0": [20.0 if frame >= 21 else 40.0 for frame in frames]})
+        return Measures(frames, {"logits of codebook 0": [20.0 if frame >= first else 40.0 for frame in frames]})
 
-    eye = watch(Checker(bad_from_21))
+    return check
+
+
+def test_a_breach_begins_with_the_first_bad_frame() -> None:
+    eye = watch(Checker(bad_from(21)))
     breach = next(filter(None, (eye.look(one(frame), []) for frame in range(100))), None)
     assert breach is not None
     assert (breach.first_bad, breach.kind, breach.suspect, breach.formats) == (21, "verification", "depth", False)
@@ -333,13 +339,7 @@ def test_a_breach_begins_with_the_first_bad_frame() -> None:
 def test_what_can_no_longer_be_looked_at_is_made_again(monkeypatch: pytest.MonkeyPatch, passed: int | None) -> None:
     """Checks that were not affordable for long: every kept frame is bad, and so may be all since the last that passed."""
 
-    def bad_from_10(name: str, samples: Sequence[Any]) -> Measures:
-        frames = [sample.frame for sample in samples]
-        if name != "depth":
-            return Measures()
-        return Measures(frames, {"logits of codebook 0": [20.0 if frame >= 10 else 40.0 for frame in frames]})
-
-    eye = watch(Checker(bad_from_10))
+    eye = watch(Checker(bad_from(10)))
     frame = 0
     monkeypatch.setattr(eye.guard, "affords", lambda name: frame >= 60 or (passed is not None and frame < 10))
     monkeypatch.setattr(eye.guard, "draw", lambda: 5)
