@@ -5,7 +5,7 @@
 - ``tl.dot`` multiplies the raw bits of bf16: widened first.
 - Programs run one after the other, so one that waits for another waits for ever: :func:`concurrent` interleaves them.
 - Every launch, and every call of one jitted function by another, looks through all of ``triton.language`` for what is to be
-  replaced, a quarter of a test's time: replaced once, and for good, since such a process compiles nothing.
+  replaced, a third of a test's time: replaced once, and for good, since such a process compiles nothing.
 """
 
 from __future__ import annotations
