@@ -4,6 +4,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 RACE := .venv-race
+NATIVE := $(wildcard csm_kernels/cpu/src/*)
 ARGS ?=
 JOBS ?= 2
 
@@ -60,7 +61,7 @@ clean:
 	find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +
 
 # One stamp per extra: reinstalled when the requirements change, never twice otherwise.
-$(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.installed-%: pyproject.toml constraints.txt setup.py $(NATIVE) | $(BIN)/python
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[$*]"
 	touch $@
 

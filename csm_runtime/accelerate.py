@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from csm_kernels._target import interpreting
 from csm_runtime import compiling, hugepages, ladder, tuning
 from csm_runtime.adapters import hf, hf_call
 from csm_runtime.adapters.hf_passes import Passes
@@ -33,13 +34,13 @@ from csm_runtime.weights import DTYPES, PackedWeights, matrices, zone_table
 
 logger = logging.getLogger("csm_runtime")
 
-_SAFER = {"graph": "library"}
+_SAFER = {"graph": "library", "native": "compile"}
 """Where to go from a mode that fails; from all others frames run eagerly."""
 
 OPTIONAL = ("compiled prefill", "context trimming", "paired positions", "huge pages")
 """Optimisations that ``without`` can leave out. ``context trimming``: compiled backbone layers that look at the first 512
 cached positions only, for contexts up to that. ``paired positions``: the first two positions of the depth decoder in one
-pass, which the fused kernels do in any case."""
+pass, which the fused and the native kernels do in any case."""
 
 DEFAULT_POSITIONS = 4096
 """Upper bound of the default KV capacity: a config may claim 131072 positions, which is 4 GB of cache per row."""
@@ -74,8 +75,9 @@ def accelerate(
             default goes to the stock path.
         batch_sizes: batch sizes to compile for now; others are compiled when first used. Sizes round up to
             1, 2, 4, 8 and 16; larger batches take the stock path.
-        mode: ``"auto"`` (``"compile"`` on a CPU, ``"graph"`` on CUDA), ``"compile"``, ``"graph"`` (the fused kernels, a
-            CUDA graph per frame), ``"kernels"`` (the fused kernels, launched one by one), ``"library"`` (a CUDA graph of
+        mode: ``"auto"`` (``"native"`` on a CPU, or ``"compile"`` where the native kernels were not built; ``"graph"`` on
+            CUDA), ``"native"`` (native CPU kernels), ``"compile"`` (torch.compile), ``"graph"`` (the fused kernels, a CUDA
+            graph per frame), ``"kernels"`` (the fused kernels, launched one by one), ``"library"`` (a CUDA graph of
             PyTorch's own ops) or ``"eager"``.
         drop_originals: free the stock copies of what is stored in int8, fp8 or int4, but for the depth decoder's embedding.
             The stock modules then compute from the quantised copies; ``restore()`` and saving the model are no longer possible.
@@ -373,7 +375,8 @@ class Acceleration:
 
     def _note_unfused(self, engine: Engine) -> None:
         if engine.unfused is not None:
-            note = f"frames run on PyTorch's own ops instead of the fused kernels: {engine.unfused}"
+            kernels = "native CPU" if engine.device.type == "cpu" and not interpreting() else "fused"
+            note = f"frames run on PyTorch's own ops instead of the {kernels} kernels: {engine.unfused}"
             if note not in self.notes:
                 self.notes.append(note)
                 logger.warning(note)

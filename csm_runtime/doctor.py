@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from csm_kernels import cpu
+
 INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "asimd", "asimddp", "bf16", "sve")
 """Those that matter for matrix-vector products, as Linux names them."""
 
@@ -67,6 +69,7 @@ class Diagnosis:
             ),
             *([] if m["gpus"] else ["GPU            none that torch can use"]),
             f"C++ compiler   {m['compiler'] or 'none'}",
+            f"native kernels {' '.join(m['native']['instruction_sets']) or 'none'}",
             f"Python headers {'found' if m['python_headers'] else 'none'}",
             "packages       " + ", ".join(f"{name} {version or 'missing'}" for name, version in m["packages"].items()),
             *(f"on {device:<11} mode {mode!r}: {why}" for device, (mode, why) in self.modes.items()),
@@ -92,6 +95,7 @@ def machine() -> dict[str, Any]:
         "memory_available_bytes": available,
         "gpus": _gpus(),
         "compiler": _compiler(),
+        "native": {"missing": cpu.why_not(), "instruction_sets": list(cpu.instruction_sets())},
         "python_headers": (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file(),
         "packages": {name: _version(name) for name in PACKAGES},
     }
@@ -111,6 +115,8 @@ def diagnose() -> Diagnosis:
 
 
 def _cpu_mode(facts: dict[str, Any]) -> tuple[str, str]:
+    if facts["native"]["missing"] is None:
+        return "native", f"native kernels for {facts['native']['instruction_sets'][0]}"
     if not facts["compiler"]:
         return "eager", "torch.compile needs a C++ compiler"
     if not facts["python_headers"]:
@@ -120,6 +126,9 @@ def _cpu_mode(facts: dict[str, Any]) -> tuple[str, str]:
 
 def _missing(facts: dict[str, Any]) -> list[Missing]:
     found = []
+    if facts["native"]["missing"] is not None:
+        how = "install g++, then: pip install --force-reinstall --no-deps csm-kernels"
+        found.append(Missing("the native CPU kernels", f"mode 'native' ({facts['native']['missing']})", how))
     if not facts["compiler"]:
         found.append(
             Missing("a C++ compiler", "compiled steps on the CPU", _system_command("g++", "xcode-select --install"))

@@ -15,7 +15,7 @@ from csm_kernels.attention import attention_step_ref
 from csm_kernels.gemv import gemv_widened
 from csm_kernels.norm import rms_norm_ref
 from csm_kernels.sampling import NoiseKey, SamplingParams
-from csm_runtime import compiling, fused, graphs
+from csm_runtime import compiling, fused, graphs, native
 from csm_runtime.adapters.spec import ModelSpec, RotaryTables, StackSpec
 from csm_runtime.kv import Fault, State
 from csm_runtime.metrics import Metrics
@@ -49,9 +49,9 @@ _FORCED_CODEBOOKS = 3
 _LEAST_SQNR, _LEAST_SQNR_INT4 = 10.0, 4.0
 """In dB. On random weights bf16 has 36, int8 29, int4 9; a codebook taken for another has 0 or less."""
 
-MODES = ("auto", "compile", "graph", "kernels", "library", "eager")
+MODES = ("auto", "native", "compile", "graph", "kernels", "library", "eager")
 _FUSED, _CAPTURED = ("graph", "kernels"), ("graph", "library")
-"""Modes that run the fused kernels, and modes that replay a CUDA graph."""
+"""Modes that run the fused kernels of a GPU, and modes that replay a CUDA graph."""
 
 
 def bucket_for(rows: int) -> int | None:
@@ -114,7 +114,7 @@ class _Runner:
 
         self.params, self.depth_params = params(), params()
         self.key = NoiseKey(state.seed, state.utterance, state.frame)
-        self.frame: fused.FusedFrame | None = None
+        self.frame: fused.FusedFrame | native.NativeFrame | None = None
         self.graphs: tuple[graphs.FrameGraph, graphs.FrameGraph] | None = None
         self.released: torch.cuda.Event | None = None
         self._logits: list[Tensor] = []
@@ -168,17 +168,18 @@ class Engine:
         dtype: the model's own.
         device: where the weights are.
         capacity: positions the backbone's KV buffer holds per row.
-        mode: ``compile`` (torch.compile, the default on a CPU), ``graph`` (the fused kernels in one CUDA graph per frame,
-            the default on CUDA), ``kernels`` (the same, launched one by one), ``library`` (a CUDA graph of PyTorch's own
-            ops), ``eager``, or ``auto``.
+        mode: ``native`` (the CPU kernels, the default on a CPU that has them), ``compile`` (torch.compile, the default on
+            other CPUs), ``graph`` (the fused kernels in one CUDA graph per frame, the default on CUDA), ``kernels`` (the
+            same, launched one by one), ``library`` (a CUDA graph of PyTorch's own ops), ``eager``, or ``auto``.
         metrics: where timings go.
         kv_dtype: dtype of the KV buffers, the model's own where None.
-        without: ``paired positions`` and ``context trimming`` where they are to be left out.
+        without: ``paired positions`` and ``context trimming`` where they are to be left out; neither is one of native
+            frames.
 
     Attributes:
         lag: frames that may be launched ahead of what the host has read. A graph's launch returns at once, so the device
             would idle while the host looks at each frame; other modes are busy on the host anyway.
-        unfused: why the fused kernels do not run although the mode asks for them, or None.
+        unfused: why the fused or native kernels do not run although they were asked for, or None.
         plain: ``depth`` or ``backbone`` where the guard suspects the steps in use: eager ones run instead.
     """
 
@@ -196,11 +197,18 @@ class Engine:
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
+        self._asked = mode
+        unable = native.why_not(spec, device)
+        if mode == "native" and unable is not None:
+            raise ValueError(f"mode 'native' runs the native CPU kernels, and {unable}; use 'auto'")
         if mode == "auto":
-            mode = {"cpu": "compile", "cuda": "graph"}.get(device.type, "eager")
+            on_cpu = "native" if unable is None else "compile"
+            mode = {"cpu": on_cpu, "cuda": "graph"}.get(device.type, "eager")
         if mode in _CAPTURED and device.type != "cuda":
             raise ValueError(f"mode {mode!r} needs a CUDA device, the model is on {device}; use 'compile' or 'eager'")
         self.unfused = fused.why_not(spec, device) if mode in _FUSED else None
+        if self._asked == "auto" and mode == "compile":
+            self.unfused = unable
         if mode == "kernels" and self.unfused is not None:
             raise ValueError(f"mode 'kernels' runs the fused kernels, and {self.unfused}; use 'auto'")
         self.spec, self.dtype, self.device, self.capacity = spec, dtype, device, capacity
@@ -239,6 +247,8 @@ class Engine:
                     runner.forget()
         self.packed = packed
         self._wait_for_dropped_frames()
+        if self.mode == "native":
+            dropped = self._without_native(native.why_not_these(packed)) or dropped
         reason = fused.why_not_these(packed) if self._fused is not None else None
         if reason is not None and self.mode == "kernels":
             raise ValueError(f"mode 'kernels' runs the fused kernels, and {reason}; use 'auto'")
@@ -248,6 +258,16 @@ class Engine:
             for runner in self._runners.values():
                 runner.graphs = runner.frame = None
         return dropped
+
+    def _without_native(self, reason: str | None) -> bool:
+        """Compile instead where the native kernels cannot read the weights; True where steps have to be made."""
+        if reason is None:
+            return False
+        if self._asked == "native":
+            raise ValueError(f"mode 'native' runs the native CPU kernels, and {reason}; use 'auto'")
+        self.mode, self.unfused = "compile", reason
+        self._runners.clear()
+        return True
 
     def _repacked(self, model: fused.FusedModel, packed: Packed) -> bool:
         """Follow the weights; True where what was captured is no longer valid. Without room for copies, no kernels."""
@@ -427,6 +447,9 @@ class Engine:
         """The runner of a batch, its CUDA graphs captured. Overwrites the runner's state: load the prompt afterwards."""
         runner = self.runner(rows)
         self._wait_for_dropped_frames()
+        if self.mode == "native" and runner.frame is None:
+            made = (self._bound(), runner.state, (runner.params, runner.depth_params), runner.key)
+            runner.frame = native.NativeFrame(self.spec, (self.rotary, self.depth_rotary), *made)
         if self._fused is not None and runner.frame is None:
             params = (runner.params, runner.depth_params)
             runner.frame = fused.FusedFrame(
@@ -468,7 +491,7 @@ class Engine:
 
     def parts(self, rows: int) -> int:
         """How many parts :meth:`warm_up` reports for a batch of ``rows``."""
-        if self.mode in _CAPTURED or self._fused is not None:
+        if self.mode in _CAPTURED or self.mode == "native" or self._fused is not None:
             return 1
         runner = self.runner(rows)
         return 1 + len(runner.depth) + len(runner.windows) + (runner.depth_pair is not None)
@@ -558,7 +581,7 @@ class Engine:
         return self._against_stock(runner, stock_logits)
 
     def _test_fused(self, runner: _Runner, stock_logits: Callable[[Tensor, Tensor], Tensor]) -> str | None:
-        """A frame of the fused kernels: depth logits against the stock model's, the backbone against library ops."""
+        """A frame of the fused or native kernels: depth logits against the stock model's, the backbone against library ops."""
         state, frame, generator = runner.state, runner.frame, torch.Generator().manual_seed(0)
         assert frame is not None
         state.hidden.copy_(torch.randn(state.hidden.shape, generator=generator, dtype=torch.float32).to(self.dtype))
@@ -566,8 +589,7 @@ class Engine:
         for params in (runner.params, runner.depth_params):
             params.do_sample.fill_(False)
         frame.emit()
-        frame.depth.buffers.token.copy_(state.codes[:, 0])
-        frame.decode_depth()
+        frame.decode_depth_again()
         codes, made = state.codes.clone(), frame.logits()[1][:_FORCED_CODEBOOKS]
         if state.faults.item():
             return str(Fault(int(state.faults)))

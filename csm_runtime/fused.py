@@ -225,6 +225,11 @@ class FusedFrame:
         stride = self._state.rows * self._spec.depth_vocab
         launch_depth(self.depth_plan, self._depth_args, self._state.rows, stride)
 
+    def decode_depth_again(self) -> None:
+        """The same from codebook 0 in ``state.codes``."""
+        self.depth.buffers.token.copy_(self._state.codes[:, 0])
+        self.decode_depth()
+
     def logits(self) -> tuple[Tensor, Tensor]:
         """What the latest frame was drawn from, fp32: codebook 0's ``[B, vocab]`` and ``[codebooks - 1, B, depth_vocab]``."""
         return self._logits, self._depth_logits

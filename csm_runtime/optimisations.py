@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from csm_kernels import cpu
 from csm_runtime.accelerate import OPTIONAL, Acceleration
 from csm_runtime.precision import PRESETS, ZONES, PrecisionPolicy
 from csm_runtime.sides import BATCH_FRAMES, FRAME, PROMPT, SOUND
@@ -87,6 +88,7 @@ def steps(policy: PrecisionPolicy, codebooks: int) -> list[Step]:
         ),
         Step("paired positions", with_it("paired positions")),
         Step("context trimming", with_it("context trimming"), idle=_no_short_window, needs=COMPILED),
+        Step("native kernels", **in_mode("native"), unfit=_no_native),
         Step("huge pages", with_it("huge pages"), unfit=_no_huge_pages, idle=_no_pages_made, stays=True),
         Step(
             "codec batching",
@@ -118,6 +120,10 @@ def _other_mode(handle: Acceleration, wanted: str) -> str | None:
     if handle.mode == wanted and (wanted != "graph" or unfused is None):
         return None
     return "; ".join(handle.notes) or f"frames run in mode {handle.mode!r}"
+
+
+def _no_native(model: Any) -> str | None:
+    return cpu.why_not() if model.device.type == "cpu" else f"CPU only, and the model is on {model.device}"
 
 
 def _no_short_window(handle: Acceleration) -> str | None:
