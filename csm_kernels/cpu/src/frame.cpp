@@ -101,7 +101,8 @@ struct Own {
     int32_t format = -1, group = 0;
 
     Own(int64_t rows, int64_t cols, int64_t scores_size)
-        : normed(rows * cols), wide(rows * cols), scale(rows * cols / 32), sums(rows * cols / 32), scores(scores_size),
+        : normed(rows * cols), wide(rows * cols), scale(rows * padded_groups(int(cols / 32))),
+          sums(rows * padded_groups(int(cols / 32))), scores(scores_size),
           narrow(rows * cols) {
         acts.wide = wide.get();
         acts.narrow = narrow.get();

@@ -10,12 +10,13 @@ namespace csm {
 struct Acts {
     float* wide;     // [m, padded]
     int8_t* narrow;  // [m, padded]
-    float* scale;    // [m, groups]: of each group of `narrow`
+    float* scale;    // [m, groups]: of each group of `narrow`, and zeros
     float* sums;     // [m, groups]: the sum of each group's int8 values times its scale
     int32_t padded, groups;
 };
 
 constexpr int padded_columns(int cols) { return (cols + 127) / 128 * 128; }
+constexpr int padded_groups(int groups) { return (groups + 15) / 16 * 16; }  // whole vectors of scales, zeros at the end
 
 struct Isa {
     const char* name;
