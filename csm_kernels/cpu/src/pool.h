@@ -51,6 +51,19 @@ class Barrier {
     alignas(64) std::atomic<unsigned> round_{0};
 };
 
+// The caller may have told its thread to flush denormals, the others have not been: bits would depend on who computes.
+class Denormals {
+  public:
+#if defined(__x86_64__)
+    Denormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ & ~0x8040u); }
+    ~Denormals() { _mm_setcsr(before_); }
+    Denormals(const Denormals&) = delete;
+
+  private:
+    const unsigned before_;
+#endif
+};
+
 class Pool {
   public:
     explicit Pool(int threads) : barrier(threads), process_(process()), threads_(threads) {
@@ -63,6 +76,7 @@ class Pool {
     // fn(thread) on every thread, the caller being thread 0; returns when all are done. One call at a time.
     void run(const std::function<void(int)>& fn) {
         std::lock_guard<std::mutex> one(calls_);
+        [[maybe_unused]] const Denormals kept;
         if (threads_ > 1) {
             {
                 std::lock_guard<std::mutex> lock(mutex_);
