@@ -15,6 +15,7 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
+REQUIRE = "CSM_KERNELS_REQUIRE_NATIVE"
 SOURCES = Path("csm_kernels/cpu/src")
 COMMON = [
     "-std=c++17",
@@ -47,7 +48,7 @@ class BuildNative(build_ext):
         try:
             self._build(ext)
         except Exception as error:
-            if os.environ.get("CSM_KERNELS_REQUIRE_NATIVE") == "1":
+            if not ext.optional:
                 raise
             print(f"warning: the native CPU kernels were not built ({error}); decoding on a CPU uses torch.compile")
 
@@ -84,7 +85,7 @@ native = Extension(
     "csm_kernels.cpu._library",
     sources=sorted(str(path) for path in SOURCES.glob("*.cpp")),
     depends=sorted(str(path) for path in (*SOURCES.glob("*.h"), *SOURCES.glob("*.inc"))),
-    optional=True,
+    optional=os.environ.get(REQUIRE) != "1",
 )
 
 if __name__ == "__main__":

@@ -156,7 +156,7 @@ def _loaded() -> ctypes.CDLL | str:
             None,
             (c_void_p, c_int32, c_int32, POINTER(CSampling), *3 * pointers, c_int32, *2 * pointers),
         ),
-        ("csm_stream", c_double, (c_void_p, c_int64, c_int32, c_int32)),
+        ("csm_stream", c_double, (c_int64, c_int32, c_int32)),
     ):
         function = getattr(found, name)
         function.restype, function.argtypes = result, arguments

@@ -131,17 +131,22 @@ def sample_cpu(logits: Tensor, params: SamplingParams, key: NoiseKey, codebook: 
     return tokens, flags
 
 
-def streaming_bandwidth(size: int = 1 << 29, threads: int = 0, rounds: int = 5, source: Tensor | None = None) -> float:
-    """GB/s at which the threads read memory and add it up: the limit of every product here.
+def streaming_bandwidth(size: int = 1 << 30, threads: int = 0, rounds: int = 5) -> float:
+    """GB/s at which the threads read memory in huge pages and add it up: the limit of every product here.
 
     Args:
-        size: bytes to read, more than the caches hold; where ``source`` is None.
+        size: bytes to read, more than the caches hold.
         threads: how many; 0 for as many as PyTorch uses.
         rounds: the best of so many.
-        source: a contiguous tensor to read instead of a buffer of zeros.
+
+    Raises:
+        MemoryError: there are no ``size`` bytes.
+        RuntimeError: there is no library.
     """
-    data = torch.ones(size, dtype=torch.uint8) if source is None else source
-    return library().csm_stream(data.data_ptr(), data.nbytes, _threads(threads), rounds)
+    speed = library().csm_stream(size, _threads(threads), rounds)
+    if speed == 0.0:
+        raise MemoryError(f"size must leave room in memory, got {size} bytes")
+    return speed
 
 
 class CpuStack(NamedTuple):

@@ -89,4 +89,5 @@ CSM_API int32_t csm_gemv(const CsmMatrix* matrix, const float* x, float* out, in
 // tokens [rows] from logits [rows, vocab]; broken rows give 0 and set flags[row].
 CSM_API void csm_sample(const float* logits, int32_t rows, int32_t vocab, const CsmSampling* params, const int64_t* seed,
                         const int64_t* utterance, const int64_t* frame, int32_t codebook, int64_t* tokens, int32_t* flags);
-CSM_API double csm_stream(const void* data, int64_t bytes, int32_t threads, int32_t rounds);  // GB/s, best of rounds
+// GB/s at which `bytes` of memory are read and added up, the best of rounds; 0 where there is no memory.
+CSM_API double csm_stream(int64_t bytes, int32_t threads, int32_t rounds);
