@@ -31,6 +31,7 @@ from bandwidth import streaming_bandwidth
 from torch import Tensor
 from torch.nn import functional
 
+from csm_kernels import cpu
 from csm_kernels.attention import attention_step, attention_step_ref
 from csm_kernels.embed import embed_frame, embed_frame_ref
 from csm_kernels.gemv import gemv, gemv_streamed, gemv_swiglu
@@ -47,7 +48,7 @@ from csm_runtime.doctor import machine
 ROOT = Path(__file__).parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
-OPS = ("norm", "rope", "swiglu", "gemv", "attention", "embed", "sampling", "rvq", "loss")
+OPS = ("norm", "rope", "swiglu", "gemv", "native", "attention", "embed", "sampling", "rvq", "loss")
 
 
 class Case(NamedTuple):
@@ -79,12 +80,14 @@ def variants(
     """
     assert reference is not eager, "a race against itself"
     found = {"ours": ours if ON_GPU else compiled(reference), "eager": eager, "compile": compiled(eager), **more}
+    starts = {name: i * len(inputs) // len(found) for i, name in enumerate(found)}
+    return {name: _ring(function, inputs, starts[name]) for name, function in found.items()}
 
-    def ring(function: Callable[..., Any], start: int) -> Callable[[], Any]:
-        turn = itertools.count(start)
-        return lambda: function(*inputs[next(turn) % len(inputs)])
 
-    return {name: ring(function, i * len(inputs) // len(found)) for i, (name, function) in enumerate(found.items())}
+def _ring(function: Callable[..., Any], inputs: list[tuple[Any, ...]], start: int = 0) -> Callable[[], Any]:
+    """The function on one input after the other, round and round."""
+    turn = itertools.count(start)
+    return lambda: function(*inputs[next(turn) % len(inputs)])
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -160,8 +163,10 @@ def _weights(height: int, width: int, fmt: str) -> list[Any]:
     """Copies of a matrix in one format, enough of them to miss every cache: a server's may hold 480 MB."""
     count = max(2, -(-(256 << 20 if ON_GPU else 1 << 30) // _stored(height, width, fmt)))
     plain = normal(height, width) * width**-0.5
-    if fmt == "bf16":
-        copies: list[Any] = [plain.clone() for _ in range(count)]
+    if fmt in ("bf16", "fp32"):
+        copies: list[Any] = [
+            plain.to(torch.bfloat16 if fmt == "bf16" else torch.float32, copy=True) for _ in range(count)
+        ]
     else:
         packed = quantize(plain, fmt)
         copies = [packed._replace(data=packed.data.clone(), scale=packed.scale.clone()) for _ in range(count)]
@@ -171,8 +176,8 @@ def _weights(height: int, width: int, fmt: str) -> list[Any]:
 
 def _stored(height: int, width: int, fmt: str) -> int:
     """Bytes of one matrix: its numbers, and an fp32 scale for each row or a bf16 one for each group of 128."""
-    numbers = {"bf16": 2 * width, "int8": width, "fp8": width, "int4": -(-width // 128) * 64}[fmt]
-    scales = {"bf16": 0, "int8": 4, "fp8": 4, "int4": -(-width // 128) * 2}[fmt]
+    numbers = {"fp32": 4 * width, "bf16": 2 * width, "int8": width, "fp8": width, "int4": -(-width // 128) * 64}[fmt]
+    scales = {"fp32": 0, "bf16": 0, "int8": 4, "fp8": 4, "int4": -(-width // 128) * 2}[fmt]
     return height * (numbers + scales)
 
 
@@ -191,6 +196,43 @@ def gemv_case(rows: int, height: int, width: int, fmt: str) -> Case:
         return variants(lambda w: gemv(x, w), lambda w: gemv_streamed(x, w), eager, [(w,) for w in weights])
 
     return Case("gemv", f"gemv {rows} x {height} x {width} {fmt}", size, 2 * rows * height * width, make)
+
+
+def native_case(rows: int, height: int, width: int, fmt: str) -> Case:
+    """The native CPU kernel beside what a frame runs without it, and beside PyTorch's own kernels for the format."""
+
+    def make() -> dict[str, Callable[[], Any]]:
+        weights = _weights(height, width, fmt)
+        x = normal(rows, width, dtype=torch.float32)
+        narrow = x.bfloat16()
+        ours = [(w,) for w in weights]
+        made = {
+            "ours": _ring(lambda w: cpu.gemv_cpu(x, w), ours),
+            "compile": _ring(compiled(lambda w: gemv_streamed(x, w)), ours, len(ours) // 2),
+        }
+        if fmt == "fp32":
+            made["F.linear"] = _ring(lambda w: functional.linear(x, w), ours, len(ours) // 4)
+        else:
+            made["F.linear bf16"] = _ring(lambda w: functional.linear(narrow, w), _copies(normal(height, width)))
+        if fmt == "int8":
+            pairs = [(w.data, w.scale.bfloat16()) for w in weights]
+            made["_weight_int8pack_mm"] = _ring(lambda *w: torch._weight_int8pack_mm(narrow, *w), pairs, len(ours) // 4)
+        if fmt == "int4" and height % 16 == 0:
+            packed = torch._convert_weight_to_int4pack_for_cpu(
+                torch.randint(0, 16, (height, width), dtype=torch.int32), 1
+            )
+            steps, op = normal(width // 128, height, 2), torch._weight_int4pack_mm_for_cpu
+            made["_weight_int4pack_mm_for_cpu"] = _ring(lambda w: op(narrow, w, 128, steps), _copies(packed))
+        return made
+
+    size = _stored(height, width, fmt) + 4 * rows * (width + height)
+    return Case("native", f"native {rows} x {height} x {width} {fmt}", size, 2 * rows * height * width, make)
+
+
+def _copies(matrix: Tensor) -> list[tuple[Tensor]]:
+    copies = [matrix.clone() for _ in range(max(2, -(-(1 << 30) // matrix.nbytes)))]
+    hugepages.collapse(copies)
+    return [(copy,) for copy in copies]
 
 
 def mlp_case(height: int, width: int, fmt: str) -> Case:
@@ -318,6 +360,8 @@ def loss_case(rows: int, width: int, dtype: torch.dtype) -> Case:
     return Case("loss", name, size, 8 * rows * books * width * vocab, make)
 
 
+NATIVE_SHAPES = ((1, 8192, 1024), (1, 1024, 8192), (1, 2048, 2048), (1, 2051, 1024), (2, 8192, 1024), (8, 8192, 1024))
+
 CASES = [
     norm_case(1, 2048),
     norm_case(512, 2048),
@@ -330,6 +374,12 @@ CASES = [
     gemv_case(1, 2051, 1024, "bf16"),
     gemv_case(1, 2048, 2048, "bf16"),
     gemv_case(8, 1024, 8192, "bf16"),
+    *(
+        native_case(*shape, fmt)
+        for shape in NATIVE_SHAPES
+        for fmt in ("fp32", "bf16", "int8", "fp8", "int4")
+        if not ON_GPU and cpu.why_not() is None
+    ),
     attention_case(32, 8, 64, 2048, 512),
     attention_case(8, 2, 128, 32, 32),
     embed_case(2048),
@@ -395,7 +445,9 @@ def test_speed(case: Case, benchmark: Any) -> None:
 def green(op: str) -> bool:
     """Whether the op's own tests pass here: on the GPU, or under Triton's interpreter."""
     environment = os.environ | ({} if ON_GPU else {"TRITON_INTERPRET": "1"})
-    tests = [ROOT / "tests" / "kernels" / f"test_{op}.py"]
+    tests = [ROOT / "tests" / "test_native.py" if op == "native" else ROOT / "tests" / "kernels" / f"test_{op}.py"]
+    if op == "native":
+        environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:benchmark", *map(str, tests)]
     return subprocess.run(command, check=False, env=environment, cwd=ROOT, capture_output=True).returncode == 0
 

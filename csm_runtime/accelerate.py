@@ -67,7 +67,8 @@ def accelerate(
         model: transformers' ``CsmForConditionalGeneration``, in fp32, bf16 or fp16.
         precision: ``"stock"`` (or ``"exact"``) keeps every weight in its own dtype; ``"balanced"`` stores the depth decoder
             in int8, ``"int8"`` (or ``"fast"``) the backbone as well, ``"smallest"`` the MLPs in int4 and the embeddings in
-            int8 besides, codebook 0's head always excepted (docs/precision.md has what they cost);
+            int8 besides, ``"int4"`` all matrices in int4, codebook 0's head always excepted (docs/precision.md has what they
+            cost);
             ``"auto"`` finds the smallest policy whose fidelity holds, by ``calibration``; or a
             :class:`~csm_runtime.PrecisionPolicy`.
         max_positions: positions (prompt and frames) the KV buffer holds per row. Default: what the model was made for,

@@ -30,7 +30,7 @@ def test_e2e_on_the_tiny_size(tmp_path: Any) -> None:
         assert set(watched["guard"]["check_ms"]) >= {"copies", "depth", "backbone", "formats"}
         assert watched["guard"]["rung"] == "fast" and 0 <= watched["guard"]["share_of_time"] < 0.1
         assert alone["guard"]["share_of_time"] == 0
-    assert ours[0]["tokens_equal_to_stock"] and ours[0]["mode"] == "compile" and not ours[0]["notes"]
+    assert ours[0]["share_of_codes_equal_to_stock"] == 1.0 and ours[0]["mode"] == "native" and not ours[0]["notes"]
     # A quarter, and what stays fp32: codebook 0's head and one scale per row, which count for much at this size.
     assert 0.25 < ours[2]["bytes_per_frame"] / ours[0]["bytes_per_frame"] < 0.33
     for row in ours:

@@ -421,9 +421,16 @@ def test_compiled_steps_in_the_walk() -> None:
     result = verify(long_model(), Calibration(frames=6), policy="exact", limits=ANY_SPEED, repeats=1, progress=False)
     outcomes = by_name(result)
     kept = {name for name, one in outcomes.items() if one.kept}
-    assert kept - {"codec batching"} == {STATIC, COMPILED, "compiled prefill", "paired positions", "context trimming"}
+    assert kept - {"codec batching"} == {
+        STATIC,
+        COMPILED,
+        "compiled prefill",
+        "paired positions",
+        "context trimming",
+        "native kernels",
+    }
     assert outcomes["compiled prefill"].timed == "prompt"
-    assert result.options is not None and result.options["mode"] == "compile"
+    assert result.options is not None and result.options["mode"] == "native"
 
 
 # ------------------------------------------------------------------------------------------------- arguments, files
