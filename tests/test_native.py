@@ -5,6 +5,8 @@ Instruction sets this machine lacks are skipped; ``avx2`` and ``portable`` run e
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 import shutil
 import subprocess
@@ -150,6 +152,52 @@ def test_fp8_has_every_value(isa: str) -> None:
 def test_products_name_what_is_wrong(change: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         cpu.gemv_cpu(*change(torch.randn(2, 64), torch.randn(8, 64)))
+
+
+def before_a_forbidden_page(tensor: Tensor) -> Tensor:
+    """The same numbers in memory that ends where reading on is a crash."""
+    page = mmap.PAGESIZE
+    size = -(-tensor.nbytes // page) * page
+    memory = mmap.mmap(-1, size + page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert ctypes.CDLL(None, use_errno=True).mprotect(ctypes.c_void_p(start + size), page, 0) == 0
+    KEPT.append(memory)
+    flat = torch.frombuffer(memory, dtype=torch.uint8, count=tensor.nbytes, offset=size - tensor.nbytes)
+    return flat.copy_(tensor.contiguous().view(-1).view(torch.uint8)).view(tensor.dtype).view(tensor.shape)
+
+
+KEPT: list[mmap.mmap] = []
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mprotect")
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_nothing_is_read_beyond_a_matrix(isa: str, fmt: str) -> None:
+    for shape in ((19, 128), (3, 100), (20, 1000), (2, 2048)):
+        weight = stored(torch.randn(shape), fmt)
+        if isinstance(weight, QuantWeight):
+            guarded: Any = weight._replace(
+                data=before_a_forbidden_page(weight.data), scale=before_a_forbidden_page(weight.scale)
+            )
+        else:
+            guarded = before_a_forbidden_page(weight)
+        x = torch.randn(3, shape[1])
+        assert torch.equal(cpu.gemv_cpu(before_a_forbidden_page(x), guarded, isa=isa), cpu.gemv_cpu(x, weight, isa=isa))
+
+
+def test_shapes_one_after_the_other() -> None:
+    """Buffers are kept from product to product."""
+    for rows, width in ((1, 4096), (16, 256), (2, 2048), (16, 128), (1, 8192)):
+        for fmt in ("int4:32", "int8", "bf16"):
+            weight, x = stored(torch.randn(40, width), fmt), torch.randn(rows, width)
+            wanted = x.double() @ dequantize(weight).double().T
+            assert largest_error(cpu.gemv_cpu(x, weight), wanted) < 0.03
+
+
+def test_groups_of_another_size_are_refused() -> None:
+    weight = quantize(torch.randn(4, 256), "int4", group=128)
+    odd = weight._replace(scale=weight.scale[:, :1].contiguous())
+    with pytest.raises(ValueError, match="groups of 32, 64, 128 columns, got 256"):
+        cpu.gemv_cpu(torch.randn(1, 256), odd)
 
 
 def test_rows_of_a_wider_matrix(isa: str) -> None:

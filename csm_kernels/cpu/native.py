@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from csm_kernels.cpu.library import CLayer, CMatrix, CModel, CSampling, CStack, CState, chosen, library
-from csm_kernels.quant import QuantWeight, format_of
+from csm_kernels.quant import GROUPS, QuantWeight, format_of
 from csm_kernels.sampling import NoiseKey, SamplingParams
 
 MOST_ROWS = 16
@@ -58,6 +58,8 @@ def matrix_of(weight: Tensor | QuantWeight, bias: Tensor | None = None, name: st
         out.scale, out.cols, out.symmetric = weight.scale.data_ptr(), weight.width, int(weight.symmetric)
         if fmt == "int4":
             out.group = weight.group
+            if out.group not in GROUPS:
+                raise ValueError(f"{name} must have groups of {', '.join(map(str, GROUPS))} columns, got {out.group}")
             if data.stride(0) != data.shape[1]:
                 raise ValueError(f"{name} must be contiguous in int4, got strides {data.stride()}")
     if bias is not None:

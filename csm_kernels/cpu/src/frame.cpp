@@ -112,6 +112,10 @@ struct Own {
         acts.scale = scale.get();
         acts.sums = sums.get();
     }
+    bool holds(int64_t rows, int64_t cols) const {
+        return wide.bytes() >= int64_t(sizeof(float)) * rows * cols &&
+               scale.bytes() >= int64_t(sizeof(float)) * rows * padded_groups(int(cols / 32));
+    }
     int64_t bytes() const {
         return normed.bytes() + wide.bytes() + scale.bytes() + sums.bytes() + scores.bytes() + narrow.bytes();
     }
@@ -513,7 +517,7 @@ int32_t csm_gemv(const CsmMatrix* matrix, const float* x, float* out, int32_t m,
     const int64_t cols = padded_columns(matrix->cols);
     while (int(all.size()) < pool.threads()) all.push_back(nullptr);
     pool.run([&](int t) {
-        if (!all[t] || all[t]->wide.bytes() < int64_t(sizeof(float)) * m * cols) all[t] = std::make_unique<Own>(m, cols, 1);
+        if (!all[t] || !all[t]->holds(m, cols)) all[t] = std::make_unique<Own>(m, cols, 1);
         const Range rows = share(matrix->rows, t, pool.threads());
         if (rows.from >= rows.to) return;
         all[t]->input = nullptr;
