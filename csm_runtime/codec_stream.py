@@ -37,6 +37,7 @@ class CodecStream:
         self._codec: Any = codec
         self._held: dict[int, Tensor] = {}
         self._past: Any = None
+        self._rows = 0
         self.frames = 0
 
     @torch.no_grad()
@@ -123,7 +124,7 @@ def why_not(codec: Any) -> str | None:
     if not codec.config.use_causal_conv:
         return "and this one's convolutions look ahead"
     for module in (codec.upsample, *codec.decoder.modules()):
-        inner = getattr(module, "conv", None)
+        inner: Any = getattr(module, "conv", None)
         across = isinstance(inner, nn.ConvTranspose1d)
         if across and (module.padding_left or inner.kernel_size[0] < inner.stride[0] or inner.dilation[0] != 1):
             return "and this one trims its transposed convolutions on the left"
