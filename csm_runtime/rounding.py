@@ -20,11 +20,9 @@ from csm_kernels.quant import QuantWeight, stacked
 from csm_kernels.rounding import factor, quantize_gptq
 from csm_runtime import calibration as measuring
 from csm_runtime.adapters import hf
-from csm_runtime.adapters.hf_passes import Passes
 from csm_runtime.calibration import Passage
 from csm_runtime.compiling import Progress
 from csm_runtime.generate import plain_mode
-from csm_runtime.metrics import Metrics
 from csm_runtime.precision import PrecisionPolicy, int4_layout
 from csm_runtime.weights import checksum, fingerprint, named_sources
 
@@ -32,6 +30,9 @@ MAX_FRAMES = 512
 """Frames that are read by default: with more of them the sums change little and the passes take longer."""
 _LIMIT = 1 << 30
 """Bytes of the sums held at once: three of CSM-1B's widest."""
+_DAMPING = 0.01, 0.1, 0.3
+"""At least, times columns over inputs, and at most: with few inputs the sums say less than they seem to. On the small trained
+model, MLPs of the backbone after 52 made-up frames, 0.01 gave codebook 0 a KL of 3.9e-3 nats, 0.3 2.2e-3, nearest 2.7e-3."""
 _CHUNK = 64
 """Frames that go through the depth decoder at once."""
 
@@ -97,6 +98,16 @@ class _Unit(NamedTuple):
     """What of its argument they are."""
 
 
+@dataclass
+class _Moments:
+    """What some matrices multiply."""
+
+    sums: Tensor
+    """``[K, K]`` fp32, the sum of ``x x'``."""
+    count: int = 0
+    """Inputs x."""
+
+
 def calibrate_rounding(
     model: Any, policy: PrecisionPolicy, calls: Any = None, max_frames: int = MAX_FRAMES, progress: bool = True
 ) -> Rounding:
@@ -131,8 +142,8 @@ def calibrate_rounding(
     with closing(Progress(sum(len(unit.names) for unit in units), "rounding weights", progress)) as bar, plain_mode():
         hidden: list[Tensor] = []
         for batch in _batches(units):
-            for unit, sums in zip(batch, _moments(model, passages, batch, hidden)):
-                for name, one in _rounded(unit, sums):
+            for unit, moments in zip(batch, _moments(model, passages, batch, hidden)):
+                for name, one in _rounded(unit, moments):
                     matrices[name] = one
                     bar.advance(name)
     return Rounding(matrices, sum(len(passage.codes) for passage in passages))
@@ -210,8 +221,8 @@ def _passages(model: Any, calibration: Any, max_frames: int, progress: bool) -> 
     return out
 
 
-def _moments(model: Any, passages: Sequence[Passage], batch: Sequence[_Unit], hidden: list[Tensor]) -> list[Tensor]:
-    """The sums of ``x x'`` over the inputs x of each unit, ``[K, K]`` fp32.
+def _moments(model: Any, passages: Sequence[Passage], batch: Sequence[_Unit], hidden: list[Tensor]) -> list[_Moments]:
+    """What the units of a batch multiply.
 
     Args:
         model: the stock modules.
@@ -220,49 +231,51 @@ def _moments(model: Any, passages: Sequence[Passage], batch: Sequence[_Unit], hi
         hidden: per passage the backbone's normalised hidden states ``[F, D]``, filled the first time.
     """
     device = batch[0].weights[0].device
-    sums = [torch.zeros(2 * [unit.weights[0].shape[1]], device=device) for unit in batch]
+    found = [_Moments(torch.zeros(2 * [unit.weights[0].shape[1]], device=device)) for unit in batch]
     frames = 0  # rows of a backbone layer's input that are fed frames
 
-    def watch(unit: _Unit, total: Tensor) -> Callable[..., None]:
+    def watch(unit: _Unit, total: _Moments) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
             x = unit.pick(args[0]) if _in_depth(unit) else args[0][:, -frames:]
             x = x.reshape(-1, x.shape[-1]).float()
-            total.addmm_(x.t(), x)
+            total.sums.addmm_(x.t(), x)
+            total.count += len(x)
 
         return hook
 
     depth = _in_depth(batch[0])
-    passes = Passes(model, False, Metrics())
     with contextlib.ExitStack() as stack:
-        hooks = [unit.module.register_forward_pre_hook(watch(unit, total)) for unit, total in zip(batch, sums)]
+        hooks = [unit.module.register_forward_pre_hook(watch(unit, total)) for unit, total in zip(batch, found)]
         for handle in hooks:
             stack.callback(handle.remove)
         if not depth or not hidden:
             hidden.clear()
             for passage in passages:
                 frames = len(passage.codes) - 1
-                found = measuring.stock_hidden(model, passage)
-                hidden.append(found)
+                hidden.append(measuring.stock_hidden(model, passage))
                 if not depth:
-                    frames = len(found)
-                    model.lm_head(found[None])
+                    frames = len(passage.codes)
+                    model.lm_head(hidden[-1][None])
         if depth:
             for passage, states in zip(passages, hidden):
                 for i in range(0, len(states), _CHUNK):
-                    passes.codebook_logits(states[i : i + _CHUNK], passage.codes[i : i + _CHUNK, :-1])
-    return sums
+                    fed = nn.functional.pad(passage.codes[i : i + _CHUNK, :-1], (1, 0))
+                    model.depth_decoder(input_ids=fed, backbone_last_hidden_state=states[i : i + _CHUNK])
+    return found
 
 
-def _rounded(unit: _Unit, sums: Tensor) -> Iterator[tuple[str, Rounded]]:
+def _rounded(unit: _Unit, moments: _Moments) -> Iterator[tuple[str, Rounded]]:
     layout = int4_layout(unit.format)
     assert layout is not None
+    least, share, most = _DAMPING
+    damp = min(most, max(least, share * len(moments.sums) / max(1, moments.count)))
     try:
-        shared = factor(sums)
+        shared = factor(moments.sums, damp)
     except ValueError as error:
         raise ValueError(f"the stock model's activations before {unit.names[0]} cannot be used: {error}") from error
     for name, weight, mark in zip(unit.names, unit.weights, unit.marks):
         try:
-            codes = quantize_gptq(weight, sums if shared is None else shared, *layout)
+            codes = quantize_gptq(weight, moments.sums if shared is None else shared, *layout)
         except ValueError as error:
             raise ValueError(f"precision: {name} cannot be stored as {unit.format}: {error}") from error
         yield name, Rounded(unit.format, mark, codes, checksum(codes).cpu())
