@@ -204,7 +204,7 @@ class _Copy:
 
 
 def _converted(
-    name: str, matrix: Tensor, fmt: str, rounded: QuantWeight | None
+    name: str, matrix: Tensor, fmt: str, rounded: QuantWeight | None = None
 ) -> tuple[Tensor | QuantWeight, Energy | None]:
     """A matrix in a format, in memory of its own or as it was rounded before, and what that cost."""
     if rounded is not None:

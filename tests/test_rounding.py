@@ -206,7 +206,11 @@ def test_planned_bytes_are_those_held() -> None:
 
 def test_asymmetric_frames_are_those_of_the_same_weights() -> None:
     policy = PrecisionPolicy(
-        (("depth.mlp", "int4:asymmetric"), ("depth.attention", "int4:32:asymmetric"), ("depth.head", "int4:64:asymmetric"))
+        (
+            ("depth.mlp", "int4:asymmetric"),
+            ("depth.attention", "int4:32:asymmetric"),
+            ("depth.head", "int4:64:asymmetric"),
+        )
     )
     model, twin = build(), lowered_twin(policy, of=build())
     accelerate(model, precision=policy, mode="eager", **QUICK)
