@@ -27,6 +27,7 @@ from csm_runtime.adapters import hf
 from csm_runtime.adapters.spec import ModelSpec, StackSpec
 from csm_runtime.precision import PRESETS, PrecisionPolicy
 from csm_runtime.replay import Replay
+from csm_runtime.rounding import Rounding
 from csm_runtime.weights import DTYPES, Packed, PackedWeights, planned_table, unlowered
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,6 +47,11 @@ CSM_1B = ModelSpec(
     vocab=2051,
     depth_vocab=2051,
 )
+
+
+def machine() -> dict[str, str]:
+    """What everything was measured on."""
+    return {"processor": platform.processor() or platform.machine(), "torch": torch.__version__}
 
 
 def books(group: str) -> range:
@@ -91,9 +97,14 @@ class Teacher:
             out.append(torch.cat([first, depth], dim=1))
         return out
 
-    def compare(self, policy: PrecisionPolicy) -> dict[str, Any]:
+    def keep(self, speech: list[tuple[Tensor, Tensor]]) -> None:
+        """Compare on these recordings from now on, texts and codes."""
+        self.speech = speech
+        self.truth = self._logits(PrecisionPolicy(), self.stock)
+
+    def compare(self, policy: PrecisionPolicy, rounding: Rounding | None = None) -> dict[str, Any]:
         """KL in nats, share of equal first choices and SQNR in dB, by group of codebooks."""
-        packed, _ = PackedWeights(policy).refresh(hf.live_weights(self.model))
+        packed, _ = PackedWeights(policy, rounding=rounding).refresh(hf.live_weights(self.model))
         ours, theirs = torch.cat(self._logits(policy, packed)), torch.cat(self.truth)
         p, q = theirs.double().log_softmax(-1), ours.double().log_softmax(-1)
         kl = (p.exp() * (p - q)).sum(-1).mean(0)
@@ -177,7 +188,7 @@ def measure(frames: int | None, zones: bool, say: Callable[[str], None]) -> dict
         presets[name]["trained"] = teacher.compare(policy)
         say(f"{name}: {presets[name]['trained']}")
     found: dict[str, Any] = {
-        "machine": {"processor": platform.processor() or platform.machine(), "torch": torch.__version__},
+        "machine": machine(),
         "frames": sum(len(codes) for _, codes in teacher.speech),
         "presets": presets,
     }

@@ -9,6 +9,7 @@ import time
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from csm_runtime.ladder import Seat
 from csm_runtime.metrics import Metrics
 from csm_runtime.precision import PrecisionPolicy, resolve_policy
 from csm_runtime.report import Report
+from csm_runtime.rounding import Rounding, calibrate_rounding
 from csm_runtime.training import CsmTrainingConfig, accelerate_training
 from csm_runtime.weights import DTYPES, PackedWeights, matrices, zone_table
 
@@ -36,6 +38,12 @@ logger = logging.getLogger("csm_runtime")
 
 _SAFER = {"graph": "library", "native": "compile"}
 """Where to go from a mode that fails; from all others frames run eagerly."""
+
+GPTQ = "gptq"
+_UNROUNDED = (
+    "int4 matrices that changed since their rounding was calibrated, or were not part of that, are rounded to nearest; "
+    "calibrate again"
+)
 
 OPTIONAL = ("compiled prefill", "context trimming", "paired positions", "huge pages")
 """Optimisations that ``without`` can leave out. ``context trimming``: compiled backbone layers that look at the first 512
@@ -60,6 +68,7 @@ def accelerate(
     calibration: Any = None,
     without: Sequence[str] = (),
     codec_batch_frames: int = 0,
+    rounding: str | Rounding = "nearest",
 ) -> Any:
     """Make ``model.generate`` fast, in place; everything else of the model stays as it is.
 
@@ -88,13 +97,17 @@ def accelerate(
             :class:`~csm_runtime.guard.GuardConfig` says more.
         training: True or a :class:`~csm_runtime.training.CsmTrainingConfig` makes ``model(labels=...).loss`` fast instead,
             and none of the other arguments applies: see :func:`csm_runtime.training.accelerate_training`.
-        calibration: for ``precision="auto"``: a :class:`~csm_runtime.calibration.Calibration`, a list of ``generate()``
-            inputs, or the path of a saved result, for which nothing is measured. None measures on made-up text: real
-            prompts, and recordings of what follows them, are better.
+        calibration: for ``precision="auto"`` and ``rounding="gptq"``: a :class:`~csm_runtime.calibration.Calibration`, a list
+            of ``generate()`` inputs, or, for the former, the path of a saved result, for which nothing is measured. None
+            measures on made-up text: real prompts, and recordings of what follows them, are better.
         without: optimisations to leave out, of :data:`OPTIONAL`.
         codec_batch_frames: most frames, padding included, that one call of the codec decodes together; 40 is quicker here for
             rows of less than a second and slower for long ones. Samples then differ from the stock loop's in the last bits.
             Default: row by row, as the stock model does.
+        rounding: of the matrices stored in int4: ``"nearest"``; ``"gptq"``, which runs the stock model on ``calibration`` and
+            rounds such that products with its activations err least (docs/precision.md has what that is worth, and
+            takes); or what :func:`csm_runtime.rounding.calibrate_rounding` made. Weights that change later are
+            rounded to nearest, and a note says so.
 
     Returns:
         The same object. ``model.acceleration`` is the handle: ``report()``, ``metrics``, ``restore()``.
@@ -123,15 +136,25 @@ def accelerate(
         )
     if type(codec_batch_frames) is not int or codec_batch_frames < 0:
         raise ValueError(f"codec_batch_frames must be an integer of at least 0, got {codec_batch_frames!r}")
+    if rounding not in ("nearest", GPTQ) and not isinstance(rounding, Rounding):
+        raise ValueError(f"rounding must be 'nearest', 'gptq' or a Rounding, got {rounding!r}")
     tuned, left_out = None, _left_out(without)
     if precision == tuning.AUTO:
         _check_plain(model)
         tuned = tuning.resolve(model, calibration, progress)
-    elif calibration is not None:
-        raise ValueError(f"calibration is for precision='auto', got precision={precision!r}")
+    elif calibration is not None and (rounding != GPTQ or isinstance(calibration, (str, Path))):
+        raise ValueError(
+            f"calibration is for precision='auto', or for rounding='gptq' if it is no path, got precision={precision!r} and "
+            f"rounding={rounding!r}"
+        )
     policy = resolve_policy(precision) if tuned is None else tuned.policy
     handle = Acceleration(model, policy, max_positions, mode, progress, _guard_config(guard), left_out)
     handle.tuned, handle.codec_batch_frames = tuned, codec_batch_frames
+    if rounding == GPTQ:
+        calls = None if isinstance(calibration, (str, Path)) else calibration
+        rounding = calibrate_rounding(model, policy, calls, progress=progress)
+    if isinstance(rounding, Rounding):
+        handle.round_with(rounding)
     handle.set_up(_buckets(batch_sizes))
     if isinstance(previous, Acceleration):
         previous.restore()
@@ -238,6 +261,14 @@ class Acceleration:
         if self.guard.config.verify and sizes:
             with plain_mode():
                 self._calibrate(FAST, self._fast_seat(), min(sizes))
+
+    def round_with(self, rounding: Rounding) -> None:
+        """Take calibrated codes for int4 matrices; :meth:`set_up` comes after."""
+        self._weights.rounding = rounding
+        if not rounding.matrices:
+            self.notes.append(
+                f"there is no rounding to choose: precision {self.policy.name!r} stores no matrix in int4"
+            )
 
     @property
     def capacity(self) -> int:
@@ -397,7 +428,7 @@ class Acceleration:
         if moved or hf.read_dtype(model) != self._engine.dtype:
             self._engine = self._build_engine()
             if not self._dropped:
-                self._weights = PackedWeights(self.policy)
+                self._weights = PackedWeights(self.policy, rounding=self._weights.rounding)
             self._forget_engine()
             self.metrics.count("engine.rebuilt")
         packed, stale = self._weights.refresh(hf.live_weights(model), advance)
@@ -405,6 +436,10 @@ class Acceleration:
             self.guard.forget_floors()
             self.metrics.count("weights.repacked", len(stale))
             logger.info("%d packed weights were stale and have been packed again", len(stale))
+        if self._weights.unrounded and _UNROUNDED not in self.notes:
+            self.notes.append(_UNROUNDED)
+            self.metrics.fault(_UNROUNDED)
+            logger.warning("%s (%s)", _UNROUNDED, ", ".join(sorted(self._weights.unrounded)))
         if self._engine.bind(packed):
             self._warm.clear()
         self._note_unfused(self._engine)

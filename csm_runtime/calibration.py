@@ -193,6 +193,24 @@ class Calibration:
             _check_prompt(prompt)
 
 
+def calibration_of(given: Any) -> Calibration:
+    """A calibration as such, from a list of prompts, or the default one from None.
+
+    Raises:
+        ValueError: something else, or an empty list.
+    """
+    if given is None or isinstance(given, Calibration):
+        return given or Calibration()
+    if isinstance(given, (str, Mapping)) or not isinstance(given, Sequence):
+        raise ValueError(
+            "calibration must be a Calibration, a list of generate() inputs, the path of a saved result or None, got "
+            f"{type(given).__name__}"
+        )
+    if not len(given):
+        raise ValueError("calibration must hold prompts, got an empty list; None takes made-up text")
+    return Calibration(given)
+
+
 def _check_prompt(prompt: Mapping[str, Any]) -> None:
     for name, value in prompt.items():
         if not isinstance(value, Tensor) and (value is not None or name == "input_ids"):
@@ -410,16 +428,22 @@ class Reference:
             return replay.first_logits(packed, hidden), torch.cat(rest)
 
 
-def stock_logits(model: Any, passage: Passage) -> tuple[Tensor, Tensor]:
-    """What the stock modules themselves say of a passage, in their own dtype: codebook 0's logits and the others', fp32."""
-    count, passes = len(passage.codes) - 1, Passes(model, False, Metrics())
+def stock_hidden(model: Any, passage: Passage) -> Tensor:
+    """The stock backbone's normalised hidden states of a passage's frames, ``[F, D]`` in its own dtype."""
+    count = len(passage.codes) - 1
     steps = torch.arange(1, count + 1, device=passage.codes.device)
     with plain_mode():
-        hidden = model.backbone_model(
+        return model.backbone_model(
             inputs_embeds=torch.cat([passage.x, model.backbone_model.embed_tokens(passage.codes[None, :-1])], dim=1),
             attention_mask=torch.cat([passage.mask, torch.ones_like(steps)[None]], dim=1),
             position_ids=torch.cat([passage.positions, passage.positions[:, -1:] + steps], dim=1),
         ).last_hidden_state[0, -count - 1 :]
+
+
+def stock_logits(model: Any, passage: Passage) -> tuple[Tensor, Tensor]:
+    """What the stock modules themselves say of a passage, in their own dtype: codebook 0's logits and the others', fp32."""
+    passes, hidden = Passes(model, False, Metrics()), stock_hidden(model, passage)
+    with plain_mode():
         return model.lm_head(hidden).float(), passes.codebook_logits(hidden, passage.codes[:, :-1])
 
 

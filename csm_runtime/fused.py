@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from csm_kernels._target import device_facts, has_triton, interpreting
 from csm_kernels.depth import (
@@ -24,7 +25,7 @@ from csm_kernels.depth.pack import packed_bytes, tensors
 from csm_kernels.embed import launch_embed
 from csm_kernels.gemv_kernel import launch_gemv, workspace_size
 from csm_kernels.norm import launch_forward
-from csm_kernels.quant import format_of
+from csm_kernels.quant import QuantWeight, format_of
 from csm_kernels.sampling import NoiseKey, SamplingParams, launch_sample
 from csm_runtime.adapters.spec import ModelSpec, RotaryTables, StackSpec
 from csm_runtime.kv import State
@@ -68,7 +69,14 @@ def why_not_these(packed: Packed) -> str | None:
         return f"the depth decoder's heads are in {banks} formats, and they read one"
     if format_of(packed.backbone_embedding) == "int4":
         return "zone 'backbone.embedding' is stored in int4, and they read fp32, bf16, fp16, int8 and fp8"
+    weights = [leaf for leaf in tree_leaves(packed, is_leaf=_is_quantised) if _is_quantised(leaf)]
+    if not all(weight.symmetric for weight in weights):
+        return "some zones are stored in asymmetric int4, and they read symmetric groups"
     return None
+
+
+def _is_quantised(value: Any) -> bool:
+    return isinstance(value, QuantWeight)
 
 
 def _shape(stack: StackSpec) -> StackShape:

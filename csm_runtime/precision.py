@@ -2,8 +2,9 @@
 
 A policy is an ordered list of (pattern, format) over named zones; the first match wins and what no rule matches is kept.
 ``keep`` is the stock tensor in its own dtype, ``fp32``, ``bf16`` and ``fp16`` are casts, ``int8`` and ``fp8`` have one
-scale per row, ``int4`` one per group of 128 columns, ``int4:64`` and ``int4:32`` per smaller ones. Weights only:
-activations, norms, softmax, rotary, the residual stream, logits and sampling are fp32 and no zones.
+scale per row, ``int4`` one per group of 128 columns, ``int4:64`` and ``int4:32`` per smaller ones, and a group of
+``int4:64:asymmetric`` has an offset as well. Weights only: activations, norms, softmax, rotary, the residual stream, logits
+and sampling are fp32 and no zones.
 """
 
 from __future__ import annotations
@@ -36,8 +37,10 @@ SAFE_ZONES = ("backbone.head", "codec")
 """Zones that only a rule with their own name lowers: a wrong codebook 0 is a wrong word, and the codec is the audio."""
 
 _CASTS = ("keep", "fp32", "bf16", "fp16")
-FORMATS = (*_CASTS, "fp8", "int8", "int4", "int4:32", "int4:64", "int4:128")
-"""``int4`` is ``int4:128``."""
+_ALIASES = {"int4:128": "int4", "int4:asymmetric": "int4:128:asymmetric"}
+_INT4 = {"int4": (128, True)} | {f"int4:{g}{end}": (g, not end) for end in ("", ":asymmetric") for g in (32, 64, 128)}
+FORMATS = (*_CASTS, "fp8", "int8", *_INT4, "int4:asymmetric")
+"""``int4`` is ``int4:128``, ``int4:asymmetric`` is ``int4:128:asymmetric``."""
 
 _SUPPORTED = {"kv": _CASTS, "codec": _CASTS}
 """What zones other than weight matrices can be stored in."""
@@ -57,6 +60,11 @@ def zones_of(codebooks: int) -> tuple[str, ...]:
     """Every zone of a model with this many codebooks, ``depth.head.1`` to ``depth.head.{codebooks - 1}`` one by one."""
     at = ZONES.index("depth.head")
     return (*ZONES[:at], *(f"depth.head.{k}" for k in range(1, codebooks)), *ZONES[at + 1 :])
+
+
+def int4_layout(fmt: str) -> tuple[int, bool] | None:
+    """Columns that share a scale, and whether groups are symmetric; None for formats other than int4."""
+    return _INT4.get(_ALIASES.get(fmt, fmt))
 
 
 def matches(pattern: str, zone: str) -> bool:
@@ -111,7 +119,7 @@ class PrecisionPolicy:
             raise ValueError(f"precision: name must be a string, got {self.name!r}")
         if not isinstance(self.rules, (tuple, list)) or not all(_is_rule(rule) for rule in self.rules):
             raise ValueError(f"precision: rules must be pairs of a zone pattern and a format, got {self.rules!r}")
-        rules = tuple((pattern, "int4" if fmt == "int4:128" else fmt) for pattern, fmt in self.rules)
+        rules = tuple((pattern, _ALIASES.get(fmt, fmt)) for pattern, fmt in self.rules)
         object.__setattr__(self, "rules", rules)
         hits = [_zones_hit(pattern, fmt) for pattern, fmt in rules]
         for index, hit in enumerate(hits):

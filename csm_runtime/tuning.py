@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -181,18 +180,7 @@ def resolve(model: Any, calibration: Any, progress: bool = True) -> TunedPolicy:
                 calibration,
             )
         return tuned
-    if calibration is None:
-        calibration = Calibration()
-    elif not isinstance(calibration, Calibration):
-        if isinstance(calibration, Mapping) or not isinstance(calibration, Sequence):
-            raise ValueError(
-                "calibration must be a Calibration, a list of generate() inputs, the path of a saved result or None, got "
-                f"{type(calibration).__name__}"
-            )
-        if not len(calibration):
-            raise ValueError("calibration must hold prompts, got an empty list; None takes made-up text")
-        calibration = Calibration(calibration)
-    return tune(model, calibration, progress)
+    return tune(model, measuring.calibration_of(calibration), progress)
 
 
 def load_policy(path: str | Path) -> PrecisionPolicy:
@@ -592,7 +580,7 @@ def _evaluations(data: Any, codebooks: int) -> dict[str, Fidelity]:
 
 def _is_lowered(zone: str, fmt: str) -> bool:
     """Whether a trial can have a zone in a format."""
-    if zone not in ZONES or zone in SAFE_ZONES or fmt in ("keep", "fp32", "int4:128"):
+    if zone not in ZONES or zone in SAFE_ZONES or fmt in ("keep", "fp32", "int4:128", "int4:asymmetric"):
         return False
     try:
         PrecisionPolicy(((zone, fmt),))

@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,10 @@ from torch.utils._pytree import tree_leaves
 
 from csm_kernels.quant import QuantWeight, dequantize, quantize, take_rows
 from csm_runtime.adapters.spec import LayerWeights, LinearWeights, ModelSpec, ModelWeights
-from csm_runtime.precision import PrecisionPolicy
+from csm_runtime.precision import PrecisionPolicy, int4_layout
+
+if TYPE_CHECKING:  # it stands on this file
+    from csm_runtime.rounding import Rounding
 
 
 class Linear(NamedTuple):
@@ -104,7 +107,7 @@ def spans(codebooks: Iterable[int]) -> str:
     return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
-def _named_sources(weights: ModelWeights) -> dict[str, tuple[str, Tensor]]:
+def named_sources(weights: ModelWeights) -> dict[str, tuple[str, Tensor]]:
     """Every matrix of the model but the depth decoder's heads and embedding: name to (zone, live tensor)."""
     out: dict[str, tuple[str, Tensor]] = {}
     stacks: tuple[tuple[str, list[LayerWeights]], ...] = (("backbone", weights.backbone), ("depth", weights.depth))
@@ -152,7 +155,8 @@ def _same(old: Tensor | None, new: Tensor) -> bool:
     return old is not None and old.device == new.device and torch.equal(old, new)
 
 
-def _checksum(packed: Tensor | QuantWeight) -> Tensor:
+def checksum(packed: Tensor | QuantWeight) -> Tensor:
+    """The fingerprint of a packed copy."""
     if isinstance(packed, QuantWeight):
         return torch.cat([fingerprint(packed.data), fingerprint(packed.scale)])
     return fingerprint(packed)
@@ -199,8 +203,12 @@ class _Copy:
     """None once the original was dropped: nothing is left to compare with."""
 
 
-def _converted(name: str, matrix: Tensor, fmt: str) -> tuple[Tensor | QuantWeight, Energy | None]:
-    """A matrix in a format, in memory of its own, and what that cost."""
+def _converted(
+    name: str, matrix: Tensor, fmt: str, rounded: QuantWeight | None = None
+) -> tuple[Tensor | QuantWeight, Energy | None]:
+    """A matrix in a format, in memory of its own or as it was rounded before, and what that cost."""
+    if rounded is not None:
+        return rounded, _energy(matrix, rounded)
     if fmt == "keep" or DTYPES.get(fmt) == matrix.dtype:
         return matrix.clone(memory_format=torch.contiguous_format), None
     if fmt in DTYPES:
@@ -209,9 +217,9 @@ def _converted(name: str, matrix: Tensor, fmt: str) -> tuple[Tensor | QuantWeigh
             instead = ", or store it as bf16" if fmt == "fp16" else ""
             raise ValueError(f"precision: {name} holds values beyond {fmt} (or NaN): keep it{instead}")
         return cast, None if fmt == "fp32" else _energy(matrix, cast)
-    kind, _, group = fmt.partition(":")
     try:
-        packed = quantize(matrix, kind, int(group or 128))
+        layout = int4_layout(fmt)
+        packed = quantize(matrix, fmt) if layout is None else quantize(matrix, "int4", *layout)
     except ValueError as error:
         raise ValueError(f"precision: {name} cannot be stored as {fmt}: {error}") from error
     return packed, _energy(matrix, packed)
@@ -223,6 +231,10 @@ class PackedWeights:
 
     policy: PrecisionPolicy
     _copies: dict[str, _Copy] = field(default_factory=dict)
+    rounding: Rounding | None = None
+    """Calibrated codes of int4 matrices."""
+    unrounded: set[str] = field(default_factory=set)
+    """Names of copies for which ``rounding`` had none of the weights as they are: rounded to nearest."""
 
     def with_policy(self, policy: PrecisionPolicy) -> PackedWeights:
         """For another policy; copies whose format is the same in both are shared, not made again.
@@ -234,7 +246,7 @@ class PackedWeights:
             for name, copy in self._copies.items()
             if all(policy.format_of(zone) == copy.format for zone in copy.zones)
         }
-        return PackedWeights(policy, shared)
+        return PackedWeights(policy, shared, self.rounding)
 
     def refresh(self, weights: ModelWeights, advance: Callable[[str], None] | None = None) -> tuple[Packed, list[str]]:
         """Bind the live tensors and repack what has changed.
@@ -254,7 +266,7 @@ class PackedWeights:
         done = advance or (lambda _: None)
         stale: list[str] = []
         bound: dict[str, Tensor | QuantWeight] = {}
-        for name, (zone, live) in _named_sources(weights).items():
+        for name, (zone, live) in named_sources(weights).items():
             bound[name] = self._bind(name, zone, live, stale)
             done(name)
         bound["depth.embedding"] = self._bind_depth_embedding(weights, stale)
@@ -340,13 +352,21 @@ class PackedWeights:
             return old.packed
         if old is not None:
             stale.append(name)
-        packed, energy = _converted(name, matrix(), fmt)
-        self._copies[name] = _Copy(packed, fmt, zones, energy, _checksum(packed), mark)
+        packed, energy = _converted(name, matrix(), fmt, self._rounded(name, fmt, zones, mark))
+        self._copies[name] = _Copy(packed, fmt, zones, energy, checksum(packed), mark)
         return packed
+
+    def _rounded(self, name: str, fmt: str, zones: tuple[str, ...], mark: Tensor | None) -> QuantWeight | None:
+        """Calibrated codes, where there are any for the weight as it is. Embeddings are not multiplied and have none."""
+        if self.rounding is None or mark is None or int4_layout(fmt) is None or name.endswith(".embedding"):
+            return None
+        codes = self.rounding.codes(zones if name.startswith("depth.head.") else (name,), fmt, mark)
+        (self.unrounded.add if codes is None else self.unrounded.discard)(name)
+        return codes
 
     def corrupted(self) -> list[str]:
         """Names of the copies whose bits are no longer those that were packed; reads all of them once."""
-        return [name for name, copy in self._copies.items() if not _same(copy.checksum, _checksum(copy.packed))]
+        return [name for name, copy in self._copies.items() if not _same(copy.checksum, checksum(copy.packed))]
 
     def release_sources(self, names: Iterable[str]) -> None:
         """Stop comparing copies with their originals, which have been dropped."""
@@ -513,7 +533,8 @@ def planned_table(spec: ModelSpec, policy: PrecisionPolicy, dtype: torch.dtype) 
 def _bytes_in(fmt: str, height: int, width: int, dtype: torch.dtype) -> int:
     if fmt in ("int8", "fp8"):
         return height * (width + 4)
-    if fmt.startswith("int4"):
-        group = int(fmt.partition(":")[2] or 128)
-        return height * -(-width // group) * (group // 2 + 2)
+    layout = int4_layout(fmt)
+    if layout is not None:
+        group, symmetric = layout
+        return height * -(-width // group) * (group // 2 + (2 if symmetric else 4))
     return height * width * DTYPES.get(fmt, dtype).itemsize

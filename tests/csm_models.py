@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from csm_kernels.quant import dequantize, quantize
-from csm_runtime.precision import PRESETS, PrecisionPolicy
+from csm_runtime.precision import PRESETS, PrecisionPolicy, int4_layout
 
 TEXT_VOCAB = 96
 TEXT_IDS = 80
@@ -242,8 +242,8 @@ def lowered(weight: Tensor, fmt: str) -> Tensor:
         return weight.float()
     if fmt in casts:
         return weight.to(casts[fmt]).float()
-    kind, _, group = fmt.partition(":")
-    return dequantize(quantize(weight, kind, int(group or 128)))
+    layout = int4_layout(fmt)
+    return dequantize(quantize(weight, fmt) if layout is None else quantize(weight, "int4", *layout))
 
 
 def lowered_twin(policy: Any, *, of: Any) -> Any:

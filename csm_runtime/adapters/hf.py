@@ -153,6 +153,17 @@ def live_weights(model: Any) -> ModelWeights:
     )
 
 
+def linears(model: Any) -> dict[str, nn.Linear]:
+    """The linear modules by the names :class:`~csm_runtime.weights.PackedWeights` gives their matrices."""
+    depth = model.depth_decoder
+    out = {"backbone.head": model.lm_head, "depth.projection": depth.model.inputs_embeds_projector}
+    for name, stack in (("backbone", model.backbone_model), ("depth", depth.model)):
+        for i, layer in enumerate(stack.layers):
+            out.update({f"{name}.{i}.{part}": getattr(layer.self_attn, f"{part}_proj") for part in "qkvo"})
+            out.update({f"{name}.{i}.{part}": getattr(layer.mlp, f"{part}_proj") for part in ("gate", "up", "down")})
+    return out
+
+
 def rotary_tables(model: Any, positions: int) -> tuple[RotaryTables, RotaryTables]:
     """Backbone and depth-decoder rotary tables in fp32, made by the stock modules themselves."""
 
@@ -210,15 +221,8 @@ def drop_originals(model: Any, copies: Mapping[str, QuantWeight], heads: Sequenc
         Names of the copies whose originals were freed.
     """
     depth = model.depth_decoder
-    modules: dict[str, nn.Module] = {"depth.projection": depth.model.inputs_embeds_projector}
-    modules["backbone.head"] = model.lm_head
+    modules: dict[str, nn.Module] = {**linears(model)}
     modules["backbone.embedding"] = model.backbone_model.embed_tokens.embed_audio_tokens
-    for name, stack in (("backbone", model.backbone_model), ("depth", depth.model)):
-        for i, layer in enumerate(stack.layers):
-            modules.update({f"{name}.{i}.{part}": getattr(layer.self_attn, f"{part}_proj") for part in "qkvo"})
-            modules.update(
-                {f"{name}.{i}.{part}": getattr(layer.mlp, f"{part}_proj") for part in ("gate", "up", "down")}
-            )
 
     def free(module: nn.Module, packed: Sequence[QuantWeight], forward: type[_PackedForward]) -> None:
         weight = torch.empty_like(module.get_parameter("weight"), device="meta")
