@@ -288,7 +288,7 @@ def _check_fields(what: str, data: Any, wanted: tuple[str, ...]) -> None:
 
 _BUT_MLP = (("*.attention", "int8"), ("depth.projection", "int8"), ("depth.head", "int8"))
 _INT8 = (*_BUT_MLP, ("*.mlp", "int8"))
-_INT4 = (("backbone.attention", "int4"), ("backbone.mlp", "int4"), ("depth.*", "int4"))
+_MATRICES_INT4 = (("backbone.attention", "int4"), ("backbone.mlp", "int4"), ("depth.*", "int4"))
 _DEPTH_INT8 = (("depth.embedding", "keep"), ("depth.*", "int8"))
 
 PRESETS = {
@@ -298,7 +298,7 @@ PRESETS = {
     "smallest": PrecisionPolicy((("*.mlp", "int4"), ("*.embedding", "int8"), *_BUT_MLP), "smallest"),
     "stock": PrecisionPolicy((), "stock"),
     "int8": PrecisionPolicy(_INT8, "int8"),
-    "int4": PrecisionPolicy((("*.embedding", "int8"), *_INT4), "int4"),
+    "int4": PrecisionPolicy((("*.embedding", "int8"), *_MATRICES_INT4), "int4"),
 }
 """By name. ``exact`` keeps every weight; ``balanced`` stores the depth decoder in int8 and keeps the backbone, so codebook 0
 is drawn from the stock weights; ``fast`` stores all matrices but codebook 0's head in int8; ``smallest`` also the
