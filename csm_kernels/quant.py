@@ -16,6 +16,9 @@ FORMATS = ("int8", "int4", "fp8")
 GROUPS = (32, 64, 128)
 
 _FP8_MAX = 448.0
+_BLOCK = 1 << 18
+"""Elements quantised at once on a CPU, 1 MB in fp32, which stays in its caches: int4 of 8192 x 2048 takes 46 ms, whole 168
+(2 cores); 2^16 are 72, 2^19 are 45."""
 _SCALE_DTYPE = torch.bfloat16
 _NAMES = {torch.int8: "int8", torch.uint8: "int4", torch.float8_e4m3fn: "fp8"}
 
@@ -100,12 +103,19 @@ def quantize(weight: Tensor, format: str, group: int = 128, symmetric: bool = Tr
         parts = [quantize(matrix, format, group, symmetric) for matrix in weight]
         data, scale = torch.stack([part.data for part in parts]), torch.stack([part.scale for part in parts])
         return QuantWeight(data, scale, parts[0].padding)
-    rows = weight.to(torch.float32, copy=True)
-    if not torch.isfinite(_peak(rows)).all():
-        raise ValueError(f"weight holds NaN or infinity; {format} cannot represent it: keep this zone in its own dtype")
-    if format == "int4":
-        return _int4(rows, group, symmetric)
-    return _int8(rows) if format == "int8" else _fp8(rows)
+    step = max(1, _BLOCK // weight.shape[1]) if weight.device.type == "cpu" else len(weight)
+    if len(weight) <= step:
+        return _rows(weight, format, group, symmetric)
+    made: QuantWeight | None = None
+    for first in range(0, len(weight), step):
+        part = _rows(weight[first : first + step], format, group, symmetric)
+        if made is None:
+            data, scale = (each.new_empty(len(weight), *each.shape[1:]) for each in part[:2])
+            made = QuantWeight(data, scale, part.padding)
+        made.data[first : first + step] = part.data
+        made.scale[first : first + step] = part.scale
+    assert made is not None
+    return made
 
 
 def quantize_int8(weight: Tensor) -> QuantWeight:
@@ -154,6 +164,16 @@ def take_rows(weight: Tensor | QuantWeight, index: Tensor | slice | int) -> Tens
     if isinstance(weight, QuantWeight):
         return QuantWeight(weight.data[index], weight.scale[index], weight.padding)
     return weight[index]
+
+
+def _rows(weight: Tensor, format: str, group: int, symmetric: bool) -> QuantWeight:
+    """Some rows of a matrix: no row depends on another."""
+    rows = weight.to(torch.float32, copy=True)
+    if not torch.isfinite(_peak(rows)).all():
+        raise ValueError(f"weight holds NaN or infinity; {format} cannot represent it: keep this zone in its own dtype")
+    if format == "int4":
+        return _int4(rows, group, symmetric)
+    return _int8(rows) if format == "int8" else _fp8(rows)
 
 
 def _peak(rows: Tensor) -> Tensor:

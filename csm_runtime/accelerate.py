@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import threading
 import time
 import types
@@ -27,6 +28,7 @@ from csm_runtime.generate import FastGenerate, Seeds, plain_mode
 from csm_runtime.guard import FAST, STOCK, Breach, Finding, Guard, GuardConfig, Watch
 from csm_runtime.ladder import Seat
 from csm_runtime.metrics import Metrics
+from csm_runtime.packed_store import PackedStore
 from csm_runtime.precision import PrecisionPolicy, resolve_policy
 from csm_runtime.report import Report
 from csm_runtime.training import CsmTrainingConfig, accelerate_training
@@ -60,6 +62,8 @@ def accelerate(
     calibration: Any = None,
     without: Sequence[str] = (),
     codec_batch_frames: int = 0,
+    packed_cache: str | os.PathLike[str] | None = None,
+    map_packed: bool = False,
 ) -> Any:
     """Make ``model.generate`` fast, in place; everything else of the model stays as it is.
 
@@ -94,6 +98,13 @@ def accelerate(
         codec_batch_frames: most frames, padding included, that one call of the codec decodes together; 40 is quicker here for
             rows of less than a second and slower for long ones. Samples then differ from the stock loop's in the last bits.
             Default: row by row, as the stock model does.
+        packed_cache: a folder for the packed weights, made if absent, one for each checkpoint: a later start with the same
+            policy reads them there instead of packing, those that are still true to the weights. A file that is damaged or
+            not ours is packed anew and replaced, a folder that cannot be written is a warning; ``metrics`` counts both.
+            By default the file is read into memory of the process's own, which can lie in huge pages.
+        map_packed: leave the packed weights in the file of ``packed_cache`` and map it, on a CPU: processes then share
+            them, and they can be evicted and come back; but no huge pages, for files have none. What is packed at this start
+            lies in own memory until the next one. Nobody may change or truncate the file in place meanwhile.
 
     Returns:
         The same object. ``model.acceleration`` is the handle: ``report()``, ``metrics``, ``restore()``.
@@ -101,6 +112,7 @@ def accelerate(
     Raises:
         TypeError: the model is not a CSM.
         ValueError: a config the engine does not implement, modified modules, or a bad argument. The model is untouched.
+        ImportError: ``packed_cache`` needs safetensors, which the extra ``hf`` brings.
         RuntimeError: the model's original weights were dropped by an earlier call.
 
     Example::
@@ -122,6 +134,10 @@ def accelerate(
         )
     if type(codec_batch_frames) is not int or codec_batch_frames < 0:
         raise ValueError(f"codec_batch_frames must be an integer of at least 0, got {codec_batch_frames!r}")
+    if packed_cache is not None and not isinstance(packed_cache, (str, os.PathLike)):
+        raise ValueError(f"packed_cache must be the path of a folder or None, got {packed_cache!r}")
+    if map_packed and packed_cache is None:
+        raise ValueError("map_packed=True maps the file of packed_cache, and packed_cache is None; name a folder")
     tuned, left_out = None, _left_out(without)
     if precision == tuning.AUTO:
         _check_plain(model)
@@ -131,7 +147,7 @@ def accelerate(
     policy = resolve_policy(precision) if tuned is None else tuned.policy
     handle = Acceleration(model, policy, max_positions, mode, progress, _guard_config(guard), left_out)
     handle.tuned, handle.codec_batch_frames = tuned, codec_batch_frames
-    handle.set_up(_buckets(batch_sizes))
+    handle.set_up(_buckets(batch_sizes), packed_cache, map_packed)
     if isinstance(previous, Acceleration):
         previous.restore()
     if drop_originals:
@@ -221,13 +237,24 @@ class Acceleration:
         self.notes: list[str] = []
         self._engine = self._build_engine()
 
-    def set_up(self, sizes: tuple[int, ...]) -> None:
-        """Pack the weights, compile for these batch sizes and test the result on itself."""
+    def set_up(
+        self, sizes: tuple[int, ...], packed_cache: str | os.PathLike[str] | None = None, map_packed: bool = False
+    ) -> None:
+        """Pack the weights or read them, compile for these batch sizes and test the result on itself."""
         start = time.perf_counter()
+        store = None
+        if packed_cache is not None:
+            with plain_mode():
+                live = hf.live_weights(self._model)
+                store = PackedStore(packed_cache, self.policy, live, self.metrics, map_packed)
+                self._weights = store.load(self.policy)
+            self.metrics.setup_seconds["load_packed"] = time.perf_counter() - start
         bar = compiling.Progress(self._matrix_count(), "packing weights", self._progress)
         with plain_mode():
             self._refresh(bar.advance)
         bar.close()
+        if store is not None:
+            store.save(self._weights)
         assert self._engine.packed is not None
         if "huge pages" not in self.without:
             self._huge_bytes = hugepages.collapse(matrices(self._engine.packed))
@@ -345,6 +372,7 @@ class Acceleration:
             self._dropped = True
             self._seats.clear()
             self._passes = Passes(self._model, False, self.metrics)
+            hugepages.give_back()
         else:
             self.notes.append(f"drop_originals had nothing to drop: precision {self.policy.name!r} quantises nothing")
 

@@ -42,3 +42,11 @@ def collapse(tensors: Iterable[Tensor]) -> int:
                 tried.add(page)
                 done += _HUGE if madvise(page, _HUGE, _MADV_COLLAPSE) == 0 else 0
     return done
+
+
+def give_back() -> None:
+    """Return memory that was freed and that glibc still holds to the system; nothing on systems without ``malloc_trim``."""
+    if sys.platform.startswith("linux"):
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
