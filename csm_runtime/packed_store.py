@@ -28,7 +28,17 @@ from csm_runtime.adapters.spec import ModelWeights
 from csm_runtime.extras import need
 from csm_runtime.metrics import Metrics
 from csm_runtime.precision import PrecisionPolicy
-from csm_runtime.weights import DTYPES, Energy, PackedWeights, _checksum, _Copy, _named_sources, _same, head_banks, spans
+from csm_runtime.weights import (
+    DTYPES,
+    Energy,
+    PackedWeights,
+    _checksum,
+    _Copy,
+    _named_sources,
+    _same,
+    head_banks,
+    spans,
+)
 
 logger = logging.getLogger("csm_runtime")
 

@@ -25,7 +25,6 @@ from csm_kernels.quant import QuantWeight, dequantize, quantize, take_rows
 from csm_runtime.adapters.spec import LayerWeights, LinearWeights, ModelSpec, ModelWeights
 from csm_runtime.precision import PrecisionPolicy
 
-
 _T = TypeVar("_T")
 
 
