@@ -105,7 +105,8 @@ def quantize(weight: Tensor, format: str, group: int = 128, symmetric: bool = Tr
         return QuantWeight(data, scale, parts[0].padding)
     step = max(1, _BLOCK // weight.shape[1]) if weight.device.type == "cpu" else len(weight)
     if len(weight) <= step:
-        return _rows(weight, format, group, symmetric)
+        whole = _rows(weight, format, group, symmetric)
+        return QuantWeight(whole.data.contiguous(), whole.scale.contiguous(), whole.padding)
     made: QuantWeight | None = None
     for first in range(0, len(weight), step):
         part = _rows(weight[first : first + step], format, group, symmetric)
@@ -157,6 +158,17 @@ def dequantize(weight: Tensor | QuantWeight) -> Tensor:
         step, offset = weight.scale.float().unbind(-1)
         values = nibbles * step[..., None] + offset[..., None]
     return values.flatten(-2)[..., : weight.width]
+
+
+def widen(weight: Tensor | QuantWeight, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``dequantize(weight).to(dtype)``, ``[N, K]`` contiguous, with scratch for a few rows only on a CPU."""
+    if not isinstance(weight, QuantWeight) or weight.data.device.type != "cpu" or weight.data.ndim != 2:
+        return dequantize(weight).to(dtype)
+    out = torch.empty(len(weight.data), weight.width, dtype=dtype)
+    step = max(1, _BLOCK // weight.width)
+    for first in range(0, len(out), step):
+        out[first : first + step] = dequantize(take_rows(weight, slice(first, first + step)))
+    return out
 
 
 def take_rows(weight: Tensor | QuantWeight, index: Tensor | slice | int) -> Tensor | QuantWeight:

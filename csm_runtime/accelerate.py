@@ -83,7 +83,7 @@ def accelerate(
             CUDA), ``"native"`` (native CPU kernels), ``"compile"`` (torch.compile), ``"graph"`` (the fused kernels, a CUDA
             graph per frame), ``"kernels"`` (the fused kernels, launched one by one), ``"library"`` (a CUDA graph of
             PyTorch's own ops) or ``"eager"``.
-        drop_originals: free the stock copies of what is stored in int8, fp8 or int4, but for the depth decoder's embedding.
+        drop_originals: free the stock copies of what is stored in int8, fp8 or int4.
             The stock modules then compute from the quantised copies; ``restore()`` and saving the model are no longer possible.
         progress: show progress bars on stderr.
         guard: True verifies one frame in 16 against the stock model within 3 % of the time and goes to a safer path where
@@ -101,7 +101,8 @@ def accelerate(
         packed_cache: a folder for the packed weights, made if absent, one for each checkpoint: a later start with the same
             policy reads them there instead of packing, those that are still true to the weights. A file that is damaged or
             not ours is packed anew and replaced, a folder that cannot be written is a warning; ``metrics`` counts both.
-            By default the file is read into memory of the process's own, which can lie in huge pages.
+            The file is read into memory of the process's own, which can lie in huge pages: the backbone's products of a frame
+            of CSM-1B at int4 take 46 ms there and 55 in the mapped file (native kernels, 1 thread; 50 and 59 with two).
         map_packed: leave the packed weights in the file of ``packed_cache`` and map it, on a CPU: processes then share
             them, and they can be evicted and come back; but no huge pages, for files have none. What is packed at this start
             lies in own memory until the next one. Nobody may change or truncate the file in place meanwhile.

@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import os
+import stat
 import uuid
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,10 @@ class PackedStore:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             tensors, metadata = self._contents(copies)
+            with temporary.open("xb") as file:  # safetensors lets nobody else read what it writes
+                mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
             need("safetensors.torch", "hf").save_file(tensors, temporary, metadata={_KEY: json.dumps(metadata)})
+            os.chmod(temporary, mode)
             os.replace(temporary, self.path)
         except Exception as error:  # safetensors has errors of its own for a full disk or a folder without permission
             with contextlib.suppress(OSError):

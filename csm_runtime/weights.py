@@ -246,8 +246,8 @@ def side_by_side(jobs: Mapping[str, Callable[[], _T]], threads: bool) -> Iterato
         jobs: to run, by name; what one raises comes out where its result would.
         threads: as many at once as PyTorch has threads, each with one for its own ops. Packing runs dozens of short ops
             per block, and threads that meet after each of them wait for the slowest: 146 million weights to int4 take
-            0.73 s so and 1.0 to 1.8 s with two threads inside every op, 1.4 and 8 to 46 s where other processes want the
-            cores too (2 cores).
+            0.73 s so, at best 1.0 s with two threads inside every op as well, and without workers 1.8 s or, where other
+            processes want the cores, 8 to 46 instead of 1.3 (2 cores, 2026-11-28).
     """
     count = min(torch.get_num_threads(), len(jobs)) if threads else 1
     if count < 2:

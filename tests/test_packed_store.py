@@ -101,6 +101,8 @@ def test_second_start_packs_nothing(tmp_path: Path, packings: list[str], name: s
     made = len(packings)
     assert made > 10 and counters(first) == {"written": 1}
     before = file_in(folder).stat()
+    (tmp_path / "other").touch()
+    assert before.st_mode == (tmp_path / "other").stat().st_mode
     second = start(folder, name, map_packed=mapped)
     assert len(packings) == made
     assert counters(second) == {"loaded": len(second.acceleration._weights._copies)}
@@ -302,7 +304,11 @@ def test_dropped_originals(tmp_path: Path, mapped: bool) -> None:
     start(tmp_path)
     wanted = speech(start(tmp_path, drop_originals=True))
     model = start(tmp_path, drop_originals=True, map_packed=mapped)
-    assert model.backbone_model.layers[0].mlp.up_proj.weight.is_meta
+    assert (
+        model.backbone_model.layers[0].mlp.up_proj.weight.is_meta
+        and model.depth_decoder.model.embed_tokens.weight.is_meta
+    )
+    assert model.depth_decoder.device.type == "cpu"
     assert torch.equal(speech(model), wanted)
     assert counters(model).keys() == {"loaded"}
     assert model.acceleration._weights.corrupted() == []
