@@ -17,6 +17,9 @@ FORMATS = ("int8", "int4", "fp8")
 GROUPS = (32, 64, 128)
 
 _FP8_MAX = 448.0
+_BLOCK = 1 << 18
+"""Elements quantised at once on a CPU, 1 MB in fp32, which stays in its caches: int4 of 8192 x 2048 takes 46 ms, whole 168
+(2 cores); 2^16 are 72, 2^19 are 45."""
 _SCALE_DTYPE = torch.bfloat16
 _NAMES = {torch.int8: "int8", torch.uint8: "int4", torch.float8_e4m3fn: "fp8"}
 
@@ -92,11 +95,20 @@ def quantize(weight: Tensor, format: str, group: int = 128, symmetric: bool = Tr
     _check(weight, format, group)
     if weight.ndim > 2:  # one matrix at a time: the fp32 scratch of a whole stack may be larger than the stack itself
         return stacked([quantize(matrix, format, group, symmetric) for matrix in weight])
-    rows = checked_rows(weight, format, group)
-    if format == "int4":
-        groups = int4_padded(rows, group, symmetric)
-        return int4_stored(*int4_codes(groups, symmetric), -rows.shape[-1] % group)
-    return _int8(rows) if format == "int8" else _fp8(rows)
+    step = max(1, _BLOCK // weight.shape[1]) if weight.device.type == "cpu" else len(weight)
+    if len(weight) <= step:
+        whole = _rows(weight, format, group, symmetric)
+        return QuantWeight(whole.data.contiguous(), whole.scale.contiguous(), whole.padding)
+    made: QuantWeight | None = None
+    for first in range(0, len(weight), step):
+        part = _rows(weight[first : first + step], format, group, symmetric)
+        if made is None:
+            data, scale = (each.new_empty(len(weight), *each.shape[1:]) for each in part[:2])
+            made = QuantWeight(data, scale, part.padding)
+        made.data[first : first + step] = part.data
+        made.scale[first : first + step] = part.scale
+    assert made is not None
+    return made
 
 
 def quantize_int8(weight: Tensor) -> QuantWeight:
@@ -140,6 +152,17 @@ def dequantize(weight: Tensor | QuantWeight) -> Tensor:
     return values.flatten(-2)[..., : weight.width]
 
 
+def widen(weight: Tensor | QuantWeight, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``dequantize(weight).to(dtype)``, ``[N, K]`` contiguous, with scratch for a few rows only on a CPU."""
+    if not isinstance(weight, QuantWeight) or weight.data.device.type != "cpu" or weight.data.ndim != 2:
+        return dequantize(weight).to(dtype)
+    out = torch.empty(len(weight.data), weight.width, dtype=dtype)
+    step = max(1, _BLOCK // weight.width)
+    for first in range(0, len(out), step):
+        out[first : first + step] = dequantize(take_rows(weight, slice(first, first + step)))
+    return out
+
+
 def take_rows(weight: Tensor | QuantWeight, index: Tensor | slice | int) -> Tensor | QuantWeight:
     """``weight[index]``, along the first dimension, in its own format."""
     if isinstance(weight, QuantWeight):
@@ -151,6 +174,15 @@ def stacked(parts: Sequence[QuantWeight]) -> QuantWeight:
     """Matrices of one shape and format as one stack; copies."""
     data, scale = torch.stack([part.data for part in parts]), torch.stack([part.scale for part in parts])
     return QuantWeight(data, scale, parts[0].padding)
+
+
+def _rows(weight: Tensor, format: str, group: int, symmetric: bool) -> QuantWeight:
+    """Some rows of a matrix: no row depends on another."""
+    rows = checked_rows(weight, format, group)
+    if format == "int4":
+        groups = int4_padded(rows, group, symmetric)
+        return int4_stored(*int4_codes(groups, symmetric), -rows.shape[-1] % group)
+    return _int8(rows) if format == "int8" else _fp8(rows)
 
 
 def checked_rows(weight: Tensor, format: str, group: int) -> Tensor:

@@ -3,6 +3,7 @@
 With 4 kB pages the hardware prefetchers stop at every page end and every page needs a TLB entry. Collapsing the weights
 of a GEMV into 2 MB pages raised the compiled kernel from 23 to 24 GB/s at 8192 x 1024 and from 18.8 to 21.5 at
 1024 x 8192, bf16 (2 cores of a Xeon with AVX-512, streaming 28 GB/s, 2026-11-22). Contents and addresses stay the same.
+The pages of a mapped file are left as they are: Linux 6.18 with ext4 collapsed none of 500 MB.
 """
 
 from __future__ import annotations
@@ -42,3 +43,11 @@ def collapse(tensors: Iterable[Tensor]) -> int:
                 tried.add(page)
                 done += _HUGE if madvise(page, _HUGE, _MADV_COLLAPSE) == 0 else 0
     return done
+
+
+def give_back() -> None:
+    """Return memory that was freed and that glibc still holds to the system; nothing on systems without ``malloc_trim``."""
+    if sys.platform.startswith("linux"):
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
-from csm_kernels.quant import dequantize, take_rows
+from csm_kernels.quant import dequantize, take_rows, widen
 from csm_kernels.sampling import NoiseKey, SamplingParams, gumbel_noise_ref
 from csm_runtime.adapters.spec import ModelSpec, RotaryTables, StackSpec
 from csm_runtime.weights import Layer, Linear, Packed
@@ -73,7 +73,7 @@ class Replay:
         for layer in packed.depth.layers:
             x, _, _ = self._layer(x, layer, (cos, sin), causal, None, spec.depth, self._cache_dtypes[1])
         x = _norm(x[:, 1:], packed.depth.norm, spec.depth.eps)
-        heads = [linear(x[:, k - 1], dequantize(packed.depth_heads.one(k))) for k in range(1, spec.codebooks)]
+        heads = [linear(x[:, k - 1], widen(packed.depth_heads.one(k))) for k in range(1, spec.codebooks)]
         return torch.stack(heads, dim=1)
 
     def embed(self, packed: Packed, codes: Tensor) -> Tensor:
@@ -146,7 +146,7 @@ class Replay:
 
 def _product(x: Tensor, matrix: Linear) -> Tensor:
     bias = None if matrix.bias is None else matrix.bias.float()
-    return linear(x.float(), dequantize(matrix.weight), bias)
+    return linear(x.float(), widen(matrix.weight), bias)
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

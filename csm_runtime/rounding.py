@@ -60,6 +60,10 @@ class Rounding:
     matrices: Mapping[str, Rounded]
     frames: int
 
+    def key(self) -> list[Any]:
+        """What tells it from another rounding, as plain data."""
+        return [[name, one.format, one.checksum.tolist()] for name, one in sorted(self.matrices.items())]
+
     def codes(self, names: Sequence[str], fmt: str, mark: Tensor) -> QuantWeight | None:
         """The codes of one matrix, or a stack of several, in memory that is shared for a single one.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from csm_kernels import quant
 from csm_kernels.gemv import gemv, gemv_library, gemv_ref, gemv_streamed, gemv_swiglu, gemv_swiglu_ref, gemv_widened
 from csm_kernels.quant import FORMATS, GROUPS, QuantWeight, dequantize, format_of, quantize, quantize_int8, take_rows
 from csm_kernels.testing import assert_close, sqnr_db
@@ -294,3 +295,27 @@ def test_compiled_streams_of_every_format(form: Any, rows: int) -> None:
     compiled = torch.compile(compiling._own_code(product), fullgraph=True, dynamic=False)
     wide = dequantize(stack)[2]
     assert_close(compiled(x, stack, row), x.double() @ wide.double().t(), x @ wide.t(), terms=200)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    ("format", "group", "symmetric"),
+    [("int8", 128, True), ("fp8", 128, True), *(("int4", g, s) for g in GROUPS for s in (True, False))],
+)
+@pytest.mark.parametrize("shape", [(67, 130), (300, 3), (5, 999)])
+def test_rows_in_blocks_are_as_the_whole(
+    shape: tuple[int, int], format: str, group: int, symmetric: bool, transposed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = torch.randn(*(shape[::-1] if transposed else shape), generator=torch.Generator().manual_seed(0))
+    weight = weight.t() if transposed else weight
+    monkeypatch.setattr(quant, "_BLOCK", 1 << 40)
+    whole, wide = quantize(weight, format, group, symmetric), weight.to(torch.bfloat16)
+    for block in (1, 400, 2000):
+        monkeypatch.setattr(quant, "_BLOCK", block)
+        packed = quantize(weight, format, group, symmetric)
+        assert packed.data.is_contiguous() and packed.scale.is_contiguous() and packed.padding == whole.padding
+        assert torch.equal(packed.data.view(torch.uint8), whole.data.contiguous().view(torch.uint8))
+        assert torch.equal(packed.scale, whole.scale)
+        for dtype in (torch.float32, torch.bfloat16):
+            assert torch.equal(quant.widen(packed, dtype), dequantize(whole).to(dtype))
+    assert torch.equal(quant.widen(wide), wide.float())

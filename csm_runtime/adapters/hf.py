@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from csm_kernels.quant import QuantWeight, dequantize, take_rows
+from csm_kernels.quant import QuantWeight, dequantize, take_rows, widen
 from csm_runtime.adapters import hf_training
 from csm_runtime.adapters.spec import (
     LayerWeights,
@@ -190,13 +190,13 @@ class _PackedForward:
 
 class _PackedLinear(_PackedForward):
     def __call__(self, hidden: Tensor) -> Tensor:
-        return nn.functional.linear(hidden, dequantize(self._packed[0]).to(hidden.dtype), self._module.bias)
+        return nn.functional.linear(hidden, widen(self._packed[0], hidden.dtype), self._module.bias)
 
 
 class _PackedHeads(_PackedForward):
     def __call__(self, hidden: Tensor, codebook_indices: Tensor) -> Tensor:
         heads = [self._packed[k - 1] for k in codebook_indices.tolist()]
-        parts = [nn.functional.linear(hidden[:, i], dequantize(one).to(hidden.dtype)) for i, one in enumerate(heads)]
+        parts = [nn.functional.linear(hidden[:, i], widen(one, hidden.dtype)) for i, one in enumerate(heads)]
         return torch.stack(parts, dim=1)
 
 
@@ -209,8 +209,7 @@ def drop_originals(model: Any, copies: Mapping[str, QuantWeight], heads: Sequenc
     """Free every matrix and embedding that has a quantised copy; its module computes from the copy, widened when used.
 
     Casts (fp32, bf16, fp16) keep their originals. So do all depth heads while one of them is not quantised, stock has one
-    parameter for them; and the depth decoder's embedding, the first parameter of a module that the stock ``generate`` asks
-    for its device.
+    parameter for them.
 
     Args:
         model: the model.
@@ -223,6 +222,7 @@ def drop_originals(model: Any, copies: Mapping[str, QuantWeight], heads: Sequenc
     depth = model.depth_decoder
     modules: dict[str, nn.Module] = {**linears(model)}
     modules["backbone.embedding"] = model.backbone_model.embed_tokens.embed_audio_tokens
+    modules["depth.embedding"] = depth.model.embed_tokens
 
     def free(module: nn.Module, packed: Sequence[QuantWeight], forward: type[_PackedForward]) -> None:
         weight = torch.empty_like(module.get_parameter("weight"), device="meta")
@@ -230,6 +230,9 @@ def drop_originals(model: Any, copies: Mapping[str, QuantWeight], heads: Sequenc
         module.__dict__["forward"] = forward(packed, module)
 
     freed = [name for name in copies if name in modules]
+    if "depth.embedding" in freed:  # its first parameter, which the stock ``generate`` asks for the device
+        empty = torch.empty_like(modules["depth.embedding"].get_parameter("weight")[:0])
+        depth.register_parameter("where_weights_were", nn.Parameter(empty, False))
     for name in freed:
         free(modules[name], [copies[name]], _PackedEmbedding if name.endswith(".embedding") else _PackedLinear)
     quantised = [head for head in heads if isinstance(head, QuantWeight)]
