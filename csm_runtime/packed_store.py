@@ -28,7 +28,7 @@ from csm_kernels.quant import QuantWeight
 from csm_runtime.adapters.spec import ModelWeights
 from csm_runtime.extras import need
 from csm_runtime.metrics import Metrics
-from csm_runtime.precision import PrecisionPolicy
+from csm_runtime.precision import PrecisionPolicy, int4_layout
 from csm_runtime.rounding import Rounding
 from csm_runtime.weights import (
     DTYPES,
@@ -235,14 +235,14 @@ def _shapes(policy: PrecisionPolicy, weights: ModelWeights) -> dict[str, tuple[s
 
 
 def _expected(fmt: str, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Any, ...]:
-    """What :func:`_layout` says of a matrix of that shape and dtype in a format; scales of int4 symmetric or not."""
-    kind, _, size = fmt.partition(":")
-    if kind in _CODES:
-        return _CODES[kind], shape, torch.float32, shape[:-1], 0
-    if kind == "int4":
-        group = int(size or 128)
+    """What :func:`_layout` says of a matrix of that shape and dtype in a format."""
+    if fmt in _CODES:
+        return _CODES[fmt], shape, torch.float32, shape[:-1], 0
+    layout = int4_layout(fmt)
+    if layout is not None:
+        group, symmetric = layout
         groups = -(-shape[-1] // group)
-        scales = (*shape[:-1], groups)
+        scales = (*shape[:-1], groups) if symmetric else (*shape[:-1], groups, 2)
         return torch.uint8, (*shape[:-1], groups * group // 2), torch.bfloat16, scales, groups * group - shape[-1]
     return DTYPES.get(fmt, dtype), shape
 
@@ -250,12 +250,7 @@ def _expected(fmt: str, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Any
 def _layout(packed: Tensor | QuantWeight) -> tuple[Any, ...]:
     if not isinstance(packed, QuantWeight):
         return packed.dtype, tuple(packed.shape)
-    scale = packed.scale if packed.symmetric else packed.scale[..., 0]
-    asymmetric = () if packed.symmetric or packed.scale.shape[-1] == 2 else ("offsets",)
-    return (
-        *(packed.data.dtype, tuple(packed.data.shape), packed.scale.dtype, tuple(scale.shape), packed.padding),
-        *asymmetric,
-    )
+    return packed.data.dtype, tuple(packed.data.shape), packed.scale.dtype, tuple(packed.scale.shape), packed.padding
 
 
 def _digest(value: Any) -> str:

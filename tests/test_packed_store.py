@@ -14,11 +14,12 @@ from csm_models import build, on_fast_path, text_prompt
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from csm_kernels.quant import QuantWeight, quantize
+from csm_kernels.quant import QuantWeight
 from csm_runtime import PrecisionPolicy, accelerate, packed_store, weights
 from csm_runtime.adapters import hf
 from csm_runtime.metrics import Metrics
 from csm_runtime.packed_store import PackedStore
+from csm_runtime.rounding import calibrate_rounding
 from csm_runtime.weights import PackedWeights
 
 MIXED = PrecisionPolicy(
@@ -289,14 +290,25 @@ def test_policies_shapes_and_dtypes_have_files_of_their_own(tmp_path: Path) -> N
     assert counters(start(tmp_path, precision=named)).keys() == {"loaded"}
 
 
-def test_asymmetric_int4(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "quantize", lambda matrix, kind, group: quantize(matrix, kind, group, kind != "int4"))
-    start(tmp_path)
-    model = start(tmp_path, map_packed=True)
+@pytest.mark.parametrize("fmt", ["int4:asymmetric", "int4:32:asymmetric"])
+def test_asymmetric_int4(fmt: str, tmp_path: Path) -> None:
+    options = dict(precision=PrecisionPolicy((("backbone.attention", fmt), *MIXED.rules[2:])))
+    start(tmp_path, **options)
+    model = start(tmp_path, map_packed=True, **options)
     assert counters(model).keys() == {"loaded"}
     copy = model.acceleration._weights._copies["backbone.0.q"].packed
-    assert isinstance(copy, QuantWeight) and not copy.symmetric and copy.padding == 96
+    assert isinstance(copy, QuantWeight) and not copy.symmetric and copy.padding == (0 if "32" in fmt else 96)
     assert_as_packed(model)
+
+
+def test_each_rounding_has_a_file_of_its_own(tmp_path: Path) -> None:
+    rounding = calibrate_rounding(build("base"), MIXED, max_frames=8, progress=False)
+    plain, rounded = (start(tmp_path, rounding=each) for each in ("nearest", rounding))
+    assert len(list(tmp_path.iterdir())) == 2
+    again = start(tmp_path, rounding=rounding)
+    assert counters(again).keys() == {"loaded"} and not again.acceleration.notes
+    q = [model.acceleration._weights._copies["backbone.0.q"].packed for model in (plain, rounded, again)]
+    assert bits(q[1]) == bits(q[2]) != bits(q[0])
 
 
 @pytest.mark.parametrize("mapped", [False, True])
