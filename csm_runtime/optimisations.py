@@ -13,7 +13,7 @@ from csm_runtime.precision import PRESETS, ZONES, PrecisionPolicy
 from csm_runtime.sides import BATCH_FRAMES, FRAME, PROMPT, SOUND
 from csm_runtime.weights import head_banks, spans
 
-STATIC, COMPILED = "static buffers", "compiled step"
+STATIC, COMPILED, NATIVE = "static buffers", "compiled step", "native kernels"
 
 Options = dict[str, Any]
 """Keyword arguments of ``accelerate()``: ``mode``, ``precision``, ``without`` and ``codec_batch_frames``."""
@@ -88,7 +88,7 @@ def steps(policy: PrecisionPolicy, codebooks: int) -> list[Step]:
         ),
         Step("paired positions", with_it("paired positions")),
         Step("context trimming", with_it("context trimming"), idle=_no_short_window, needs=COMPILED),
-        Step("native kernels", **in_mode("native"), unfit=_no_native),
+        Step(NATIVE, **in_mode("native"), unfit=_no_native),
         Step("huge pages", with_it("huge pages"), unfit=_no_huge_pages, idle=_no_pages_made, stays=True),
         Step(
             "codec batching",

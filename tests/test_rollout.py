@@ -17,7 +17,7 @@ from csm_runtime.accelerate import Acceleration
 from csm_runtime.calibration import Calibration, Thresholds
 from csm_runtime.codec import CodecPath
 from csm_runtime.engine import Engine
-from csm_runtime.optimisations import COMPILED, STATIC
+from csm_runtime.optimisations import COMPILED, NATIVE, STATIC
 from csm_runtime.rollout import Limits, Outcome, Rollout, verify
 from csm_runtime.small_model import SmallProcessor, build_small_csm
 
@@ -31,7 +31,7 @@ def speech(count: int = 2, frames: int = 12) -> list[dict[str, Tensor]]:
 
 
 def walked(model: Any, **options: Any) -> Rollout:
-    options = {"limits": ANY_SPEED, "repeats": 1, "skip": [COMPILED], "policy": INT8, **options}
+    options = {"limits": ANY_SPEED, "repeats": 1, "skip": [COMPILED, NATIVE], "policy": INT8, **options}
     return verify(model, speech(), progress=False, **options)
 
 
@@ -162,7 +162,7 @@ def test_a_small_error_that_the_thresholds_would_bear_is_none_of_an_exact_steps(
 
     monkeypatch.setattr(Engine, "depth_pair", slightly_off)
     monkeypatch.setattr(Engine, "self_test", lambda *args: None)
-    reason = by_name(walked(trained(), skip=[COMPILED]))["paired positions"].reason
+    reason = by_name(walked(trained(), skip=[COMPILED, NATIVE]))["paired positions"].reason
     assert "nats to the KL of codebooks 1 to 7, the limit 0.0001" in reason and ";" not in reason
 
 
@@ -264,7 +264,7 @@ def test_one_prompt_with_a_short_answer_is_no_fault_of_the_others(monkeypatch: p
 
     monkeypatch.setattr(sides.measuring, "speak", speak)
     prompts = [{"input_ids": one["input_ids"]} for one in speech()]
-    options = {"policy": "exact", "limits": ANY_SPEED, "repeats": 1, "skip": [COMPILED], "progress": False}
+    options = {"policy": "exact", "limits": ANY_SPEED, "repeats": 1, "skip": [COMPILED, NATIVE], "progress": False}
     result = verify(trained(), Calibration(prompts, frames=4), **options)
     assert result.frames == 5 and by_name(result)[STATIC].kept and by_name(result)["codec batching"].kept
     assert result.together is not None and result.together.kept
@@ -280,7 +280,9 @@ def test_a_last_measurement_that_raises_loses_nothing(monkeypatch: pytest.Monkey
         raise RuntimeError("out of\nmemory")
 
     monkeypatch.setattr(rollout._Walk, "_side", broken)
-    result = walked(trained(), policy="exact", skip=[COMPILED, "paired positions", "huge pages", "codec batching"])
+    result = walked(
+        trained(), policy="exact", skip=[COMPILED, NATIVE, "paired positions", "huge pages", "codec batching"]
+    )
     assert by_name(result)[STATIC].kept and result.options is None
     together = result.together
     assert together is not None and together.failed and together.reason == "RuntimeError: out of memory"
@@ -324,7 +326,7 @@ def test_every_zone_that_is_not_kept_is_a_step() -> None:
 
 def test_safe_zones_that_are_named_and_banks_of_heads_are_walked() -> None:
     loose = Limits(min_speed=0.0, min_sound_db=10.0)
-    skip = [COMPILED, "paired positions", "codec batching", "huge pages"]
+    skip = [COMPILED, NATIVE, "paired positions", "codec batching", "huge pages"]
     result = walked(trained(), policy=SOME_ZONES, skip=skip, limits=loose)
     outcomes = by_name(result)
     assert result.failed == [] and result.options is not None
@@ -339,7 +341,10 @@ def test_safe_zones_that_are_named_and_banks_of_heads_are_walked() -> None:
 
 
 def test_a_codec_is_judged_by_its_sound_and_not_by_that_of_the_stock_codec(monkeypatch: pytest.MonkeyPatch) -> None:
-    policy, skip = PrecisionPolicy((("codec", "bf16"),)), [COMPILED, "paired positions", "codec batching", "huge pages"]
+    policy, skip = (
+        PrecisionPolicy((("codec", "bf16"),)),
+        [COMPILED, NATIVE, "paired positions", "codec batching", "huge pages"],
+    )
     strict = by_name(walked(trained(), policy=policy, skip=skip))["codec in bf16"]
     assert not strict.kept and "dB from that before, the limit 60" in strict.reason
     same = by_name(walked(trained(), policy=PrecisionPolicy((("codec", "fp32"),)), skip=skip))["codec in fp32"]
@@ -403,7 +408,7 @@ def test_frames_are_the_stock_models_own_where_none_are_given() -> None:
         policy="exact",
         limits=ANY_SPEED,
         repeats=1,
-        skip=[COMPILED],
+        skip=[COMPILED, NATIVE],
         progress=False,
     )
     assert result.frames == 10 and result.together is not None and result.together.kept
@@ -508,7 +513,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
 
 
 def run(*options: str) -> int:
-    common = ["verify", "--quiet", "--frames", "4", "--repeats", "1", "--skip", COMPILED]
+    common = ["verify", "--quiet", "--frames", "4", "--repeats", "1", "--skip", COMPILED, "--skip", NATIVE]
     return cli.main([*common, *options])
 
 
