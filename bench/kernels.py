@@ -6,8 +6,9 @@
 Runs on pytest-benchmark: each case is one test, each round times our op and every rival, so that a machine whose speed
 moves moves all of them, beginning with another one each time; a few calls in a row on a CPU, as in a frame. On CUDA
 ours are the Triton kernels, timed by ``triton.testing`` with a cold L2; on a CPU they are the references under
-torch.compile, as the engine runs them. An op whose tests fail gets no speed: its tests run first. Rivals: the same in
-eager PyTorch, in torch.compile, and, for norm, rope and swiglu on CUDA, liger-kernel.
+torch.compile, as compiled frames run them, and for ``native`` the native kernels. An op whose tests fail gets no speed:
+its tests run first. Rivals: the same in eager PyTorch, in torch.compile, PyTorch's own kernels of the format for ``native``,
+and, for norm, rope and swiglu on CUDA, liger-kernel.
 """
 
 from __future__ import annotations

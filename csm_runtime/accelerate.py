@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csm_kernels._target import interpreting
 from csm_runtime import compiling, hugepages, ladder, tuning
 from csm_runtime.adapters import hf, hf_call
 from csm_runtime.adapters.hf_passes import Passes
@@ -437,7 +436,7 @@ class Acceleration:
 
     def _note_unfused(self, engine: Engine) -> None:
         if engine.unfused is not None:
-            kernels = "native CPU" if engine.device.type == "cpu" and not interpreting() else "fused"
+            kernels = "native CPU" if engine.mode == "compile" else "fused"
             note = f"frames run on PyTorch's own ops instead of the {kernels} kernels: {engine.unfused}"
             if note not in self.notes:
                 self.notes.append(note)

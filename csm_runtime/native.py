@@ -7,9 +7,9 @@ from torch import Tensor
 
 from csm_kernels import cpu
 from csm_kernels.sampling import NoiseKey, SamplingParams
-from csm_runtime.adapters.spec import ModelSpec, RotaryTables
+from csm_runtime.adapters.spec import ModelSpec, RotaryTables, StackSpec
 from csm_runtime.kv import State
-from csm_runtime.weights import Linear, Packed
+from csm_runtime.weights import Linear, Packed, Stack
 
 
 def why_not(spec: ModelSpec, device: torch.device) -> str | None:
@@ -69,28 +69,16 @@ class NativeFrame:
         key: NoiseKey,
         isa: str | None = None,
     ) -> None:
-        (tables, depth_tables), b, d = rotary, spec.backbone, spec.depth
+        tables, depth_tables = rotary
+
+        def stack(
+            of: Stack, shape: StackSpec, turns: RotaryTables, keys: list[Tensor], values: list[Tensor]
+        ) -> cpu.CpuStack:
+            return cpu.CpuStack(of.layers, of.norm, turns.cos, turns.sin, keys, values, shape.heads, shape.eps)
+
         self._frame = cpu.CpuFrame(
-            backbone=cpu.CpuStack(
-                layers=packed.backbone.layers,
-                norm=packed.backbone.norm,
-                cos=tables.cos,
-                sin=tables.sin,
-                keys=state.keys,
-                values=state.values,
-                heads=b.heads,
-                eps=b.eps,
-            ),
-            depth=cpu.CpuStack(
-                layers=packed.depth.layers,
-                norm=packed.depth.norm,
-                cos=depth_tables.cos,
-                sin=depth_tables.sin,
-                keys=state.depth_keys,
-                values=state.depth_values,
-                heads=d.heads,
-                eps=d.eps,
-            ),
+            backbone=stack(packed.backbone, spec.backbone, tables, state.keys, state.values),
+            depth=stack(packed.depth, spec.depth, depth_tables, state.depth_keys, state.depth_values),
             head=packed.backbone_head,
             projection=packed.depth_projection,
             heads=[packed.depth_heads.one(k) for k in range(1, spec.codebooks)],

@@ -200,6 +200,22 @@ def test_groups_of_another_size_are_refused() -> None:
         cpu.gemv_cpu(torch.randn(1, 256), odd)
 
 
+def test_default_dtypes_do_not_shrink_what_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library writes fp32: a buffer in the caller's default of bf16 would be half as large."""
+    x, weight = torch.randn(2, 64), torch.randn(50, 64)
+    wanted = cpu.gemv_cpu(x, weight)
+    model = native(build("base"), batch_sizes=(), guard=False)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        made = cpu.gemv_cpu(x, weight)
+        frame = model.acceleration._engine.prepare(2).frame
+        logits = frame.logits()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert made.dtype == torch.float32 and torch.equal(made, wanted)
+    assert [t.dtype for t in logits] == [torch.float32] * 2
+
+
 def test_rows_of_a_wider_matrix(isa: str) -> None:
     wide = torch.randn(12, 300)
     x = torch.randn(1, 200)

@@ -8,7 +8,7 @@ import os
 from ctypes import POINTER, c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 
-ABI = 1
+ABI = 2
 PATH = Path(__file__).with_name("libcsm_cpu.so")
 ISA_VARIABLE = "CSM_KERNELS_CPU_ISA"
 """Environment variable that forces an instruction set; the best that the machine has where it is empty."""
@@ -149,7 +149,6 @@ def _loaded() -> ctypes.CDLL | str:
         ("csm_emit", None, pointers),
         ("csm_depth", None, pointers),
         ("csm_advance", None, pointers),
-        ("csm_bytes", c_int64, pointers),
         ("csm_gemv", c_int32, (POINTER(CMatrix), c_void_p, c_void_p, c_int32, c_int32, c_char_p)),
         (
             "csm_sample",

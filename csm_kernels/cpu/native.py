@@ -22,6 +22,8 @@ MOST_ROWS = 16
 """Rows of x in a product, and of a batch."""
 _MOST_HEAD_DIM = 1024
 _FORMATS = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4, "fp8": 5}
+_FP32: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+"""Of what the library writes, whatever the caller's default dtype and device are."""
 _FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -98,7 +100,7 @@ def gemv_cpu(
     if not 1 <= x.shape[0] <= MOST_ROWS:
         raise ValueError(f"x must have 1 to {MOST_ROWS} rows, got {x.shape[0]}")
     x = x.contiguous()
-    out = torch.empty(x.shape[0], matrix.rows)
+    out = torch.empty(x.shape[0], matrix.rows, **_FP32)
     library().csm_gemv(byref(matrix), x.data_ptr(), out.data_ptr(), x.shape[0], _threads(threads), chosen(isa))
     return out
 
@@ -124,7 +126,7 @@ def sample_cpu(logits: Tensor, params: SamplingParams, key: NoiseKey, codebook: 
     logits, rows = logits.contiguous(), logits.shape[0]
     sampling = _sampling(params, rows)
     _check_vectors(key._asdict(), rows, torch.int64)
-    tokens, flags = torch.zeros(rows, dtype=torch.int64), torch.zeros(rows, dtype=torch.int32)
+    tokens, flags = (torch.zeros(rows, dtype=dtype, device="cpu") for dtype in (torch.int64, torch.int32))
     library().csm_sample(
         *(logits.data_ptr(), rows, logits.shape[1], byref(sampling)),
         *(key.seed.data_ptr(), key.utterance.data_ptr(), key.frame.data_ptr()),
@@ -246,8 +248,8 @@ class CpuFrame:
             raise ValueError(f"depth.embedding must be at least {least}, got {[table.rows, table.cols]}")
         if model.depth.positions < codebooks or model.depth.capacity < codebooks:
             raise ValueError(f"depth must have positions and a cache for {codebooks} codebooks")
-        self.first_logits = torch.zeros(rows, vocab)
-        self.logits = torch.zeros(codebooks - 1, rows, depth_vocab)
+        self.first_logits = torch.zeros(rows, vocab, **_FP32)
+        self.logits = torch.zeros(codebooks - 1, rows, depth_vocab, **_FP32)
         c_state = CState(
             **{name: getattr(state, name).data_ptr() for name in _checked_state(state, rows, codebooks, model)},
             first_logits=self.first_logits.data_ptr(),
@@ -277,25 +279,9 @@ class CpuFrame:
         """
         self._library.csm_advance(self._session)
 
-    def bytes(self) -> int:
-        """Bytes of its own buffers."""
-        return self._library.csm_bytes(self._session)
-
     def __del__(self) -> None:
         if getattr(self, "_session", None):
             self._library.csm_free(self._session)
-
-
-def heads_of(banks: list[Tensor | QuantWeight], places: tuple[tuple[int, int], ...]) -> list[Tensor | QuantWeight]:
-    """Views of the heads of codebooks 1 and on, from banks ``[heads, V, D]`` and each head's bank and row."""
-    heads: list[Tensor | QuantWeight] = []
-    for bank, row in places:
-        whole = banks[bank]
-        if isinstance(whole, QuantWeight):
-            heads.append(QuantWeight(whole.data[row], whole.scale[row], whole.padding))
-        else:
-            heads.append(whole[row])
-    return heads
 
 
 def _threads(threads: int) -> int:
@@ -375,7 +361,12 @@ def _stack(stack: CpuStack, rows: int, name: str) -> CStack:
         if not cache.is_contiguous() or cache.device.type != "cpu":
             raise ValueError(f"{name} must have contiguous caches on the CPU, got {cache.device}")
     for table in (stack.cos, stack.sin):
-        if table.dtype != torch.float32 or not table.is_contiguous() or table.shape != stack.cos.shape:
+        if (
+            table.dtype != torch.float32
+            or not table.is_contiguous()
+            or table.device.type != "cpu"
+            or table.shape != stack.cos.shape
+        ):
             raise ValueError(f"{name} must have contiguous fp32 rotary tables, got {tuple(table.shape)} {table.dtype}")
     kv_heads = shape[1]
     if stack.heads % kv_heads:

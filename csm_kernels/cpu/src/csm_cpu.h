@@ -8,7 +8,7 @@
 #define CSM_API extern "C" __attribute__((visibility("default")))
 #endif
 
-#define CSM_ABI 1  // raised with every change of this file; Python refuses another
+#define CSM_ABI 2  // raised with every change of this file; Python refuses another
 
 enum CsmFormat : int32_t { CSM_F32 = 0, CSM_BF16 = 1, CSM_F16 = 2, CSM_I8 = 3, CSM_I4 = 4, CSM_F8 = 5 };
 
@@ -82,7 +82,6 @@ CSM_API void csm_free(CsmSession* session);
 CSM_API void csm_emit(CsmSession* session);     // all codebooks of a frame, from state.hidden into state.codes
 CSM_API void csm_depth(CsmSession* session);    // the depth decode alone, from state.hidden and state.codes[:, 0]
 CSM_API void csm_advance(CsmSession* session);  // state.codes into the backbone: the next state.hidden
-CSM_API int64_t csm_bytes(const CsmSession* session);  // of its buffers
 
 // out [m, rows] = x [m, cols] times the matrix, transposed, plus its bias; 1 where the instruction set is not to be had.
 CSM_API int32_t csm_gemv(const CsmMatrix* matrix, const float* x, float* out, int32_t m, int32_t threads, const char* isa);

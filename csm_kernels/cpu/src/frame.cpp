@@ -116,9 +116,6 @@ struct Own {
         return wide.bytes() >= int64_t(sizeof(float)) * rows * cols &&
                scale.bytes() >= int64_t(sizeof(float)) * rows * padded_groups(int(cols / 32));
     }
-    int64_t bytes() const {
-        return normed.bytes() + wide.bytes() + scale.bytes() + sums.bytes() + scores.bytes() + narrow.bytes();
-    }
 };
 
 // x in the form that a matrix wants; kept while matrices of one format follow each other on one input.
@@ -496,15 +493,6 @@ void csm_depth(CsmSession* session) {
 void csm_advance(CsmSession* session) {
     ensure_threads(session);
     session->advance();
-}
-
-int64_t csm_bytes(const CsmSession* session) {
-    int64_t bytes = 0;
-    for (const auto* buffer : {&session->x, &session->q, &session->k, &session->v, &session->attended, &session->gate,
-                               &session->up, &session->embedded})
-        bytes += buffer->bytes();
-    for (const auto& mine : session->own) bytes += mine->bytes();
-    return bytes;
 }
 
 int32_t csm_gemv(const CsmMatrix* matrix, const float* x, float* out, int32_t m, int32_t threads, const char* name) {
