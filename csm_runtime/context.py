@@ -307,6 +307,8 @@ def prioritize_context(
         raise ValueError(f"watermark must be a number above 0 and at most 1, got {watermark!r}")
     if previous is not None and not isinstance(previous, ContextChoice):
         raise ValueError(f"previous must be a ContextChoice or None, got {previous!r}")
+    if count is not None and not callable(count):
+        raise ValueError(f"count must be a function of a segment or None, got {count!r}")
     turns = _read(segments, count)
 
     chosen, notes, stays = _Chosen(turns.costs), list[str](), False
@@ -352,6 +354,8 @@ def prioritize_context(
 def lexical_scores(text: str, segments: Sequence[Any]) -> list[float]:
     """BM25 of each segment's ``text`` for the words of a text, over these segments; 0 where they share none.
 
+    A word that more than half of the segments hold says nothing and counts for nothing.
+
     Words are runs of letters, marks and digits of any script, whatever their case; of scripts that put no spaces between
     words, and of Hangul, whose particles stick to them, every character and every pair of neighbours is a word.
     """
@@ -366,11 +370,14 @@ def lexical_scores(text: str, segments: Sequence[Any]) -> list[float]:
         lengths.append(len(words))
     holding = Counter(word for words in found for word in words)
     total, mean = len(segments), max(sum(lengths) / len(segments), 1.0)
-    rarity = {word: math.log1p((total - holding[word] + 0.5) / (holding[word] + 0.5)) for word in wanted}
+    rarity = {
+        word: math.log1p((total - holding[word] + 0.5) / (holding[word] + 0.5)) if 2 * holding[word] <= total else 0.0
+        for word in wanted
+    }
     return [
         # in the order of the text: sums of floats depend on the order, and that of a set on the process
         sum(
-            rarity[word] * words[word] * 2.2 / (words[word] + 1.2 * (0.25 + 0.75 * length / mean))
+            rarity[word] * words[word] * (_K1 + 1) / (words[word] + _K1 * (1 - _B + _B * length / mean))
             for word in wanted
             if word in words
         )
@@ -378,6 +385,8 @@ def lexical_scores(text: str, segments: Sequence[Any]) -> list[float]:
     ]
 
 
+_K1, _B = 1.2, 0.75
+"""BM25's usual constants: how soon a repeated word stops to count, and how much a long segment loses."""
 _UNSPACED = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7a3\uf900-\ufaff"
     "\U00020000-\U0003ffff"
@@ -519,17 +528,14 @@ def _found(turns: _Turns, previous: ContextChoice) -> tuple[list[int], int] | No
     if not previous.indices:
         return None
 
-    def same(i: int, k: int) -> bool:
-        return turns.costs[i] == previous.counts[k] and _same(turns.segments[i], previous.segments[k])
-
     seen, length = len(previous.indices) + len(previous.dropped), len(turns.costs)
     in_place = seen <= length and _same(turns.segments[seen - 1], previous.newest)
-    if in_place and all(same(i, k) for k, i in enumerate(previous.indices)):
+    if in_place and all(_same(turns.segments[i], old) for i, old in zip(previous.indices, previous.segments)):
         return list(previous.indices), seen
     indices: list[int] = []
-    for k in range(len(previous.indices)):  # turns may have been removed from the conversation in between
+    for old in previous.segments:  # turns may have been removed from the conversation in between
         start = indices[-1] + 1 if indices else 0
-        index = next((i for i in range(start, length) if same(i, k)), None)
+        index = next((i for i in range(start, length) if _same(turns.segments[i], old)), None)
         if index is None:
             return None
         indices.append(index)
