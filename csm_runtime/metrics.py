@@ -532,11 +532,12 @@ def _call_families(snapshot: dict[str, Any]) -> Iterator[Any]:
     groups: dict[str, dict[str, float]] = {}
     for name, count in counters.items():
         head, _, event = name.partition(".")
-        groups.setdefault(head if event else "", {})[event or name] = count
-    for name, count in groups.pop("", {}).items():
-        yield _counter(name, f"the counter {name}", count)
-    for head, events in itertools.islice(groups.items(), _MOST_LABELS):
-        yield _counter(f"{head}_events", f"the counters {head}.*", events, "event")
+        groups.setdefault(head, {})[event] = count
+    for head, events in groups.items():
+        if events.keys() == {""}:
+            yield _counter(head, f"the counter {head}", events[""])
+        else:
+            yield _counter(head, f"the counters {head}.*", events, "event")
     yield _counter("audio_seconds", "seconds of audio made", audio["seconds"])
     yield _counter("audio_spent_seconds", "seconds that making it took", audio["spent_seconds"])
     factors = {"life": audio["real_time_factor"], "window": audio["window"]["real_time_factor"]}
