@@ -66,7 +66,8 @@ class Metrics:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        # Reentrant: the collector may run in here, and a finalizer of somebody else's may count something.
+        self._lock = threading.RLock()
         self.counters: Counter[str] = Counter()
         self.stock_reasons: Counter[str] = Counter()
         self.faults: Counter[str] = Counter()
@@ -193,7 +194,7 @@ class Metrics:
             audio, spent, calls = self._audio_seconds, self._spent_seconds, list(self._calls)
             series = {
                 name: (kept.count, kept.sum, kept.max, list(kept.counts), list(kept.samples))
-                for name, kept in self._series.items()
+                for name, kept in list(self._series.items())
             }
         latencies = {name: _latency(*kept) for name, kept in series.items()}
         medians = {name: row["p50_seconds"] for name, row in latencies.items() if row["p50_seconds"] is not None}
@@ -517,9 +518,11 @@ class _Collector:
         for family in itertools.chain(
             _call_families(self._snapshot), _latency_families(self._snapshot), _use_families(self._snapshot)
         ):
-            if family.name not in taken:
-                taken.add(family.name)
-                yield family
+            if family.name in taken:
+                logger.debug("a second metric would be called %s; it is left out", family.name)
+                continue
+            taken.add(family.name)
+            yield family
 
 
 def _call_families(snapshot: dict[str, Any]) -> Iterator[Any]:
@@ -612,7 +615,7 @@ def _bounded(values: dict[str, Any]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for text, value in values.items():
         label = _label(text)
-        if label not in merged and len(merged) - (OTHER in merged) >= _MOST_LABELS - 1:
+        if label not in merged and len(merged) >= _MOST_LABELS - 1:
             label = OTHER
         merged[label] = value if merged.get(label) is None else merged[label] + (value or 0)
     return merged

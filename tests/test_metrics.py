@@ -373,7 +373,7 @@ def test_process_and_system_figures() -> None:
     second = metrics.snapshot()
     process, system = second["process"], second["system"]
     assert process["peak_rss_bytes"] >= 0.9 * process["rss_bytes"] > 16e6
-    assert 5 < process["cpu_percent"] < 110 * system["cpus"]
+    assert 0 < process["cpu_percent"] < 110 * system["cpus"]
     assert process["cpu_seconds"] - first["process"]["cpu_seconds"] >= 0.25
     assert 0 < system["memory_available_bytes"] <= system["memory_total_bytes"]
     assert system["cpu_percent"] is None or 0 <= system["cpu_percent"] <= 101
@@ -563,6 +563,20 @@ def test_threads_lose_nothing() -> None:
     assert last["counters"] == {"frames": 2 * each * writers, "faults": each * writers}
     assert last["faults"] == {f"fault {i}": each for i in range(writers)}
     assert last["audio"]["seconds"] == each * writers
+
+
+def test_a_finalizer_that_counts_does_not_wait_for_itself() -> None:
+    """The garbage collector runs wherever memory is taken, also under the lock."""
+    metrics = Metrics()
+
+    def count() -> None:
+        with metrics._lock:
+            metrics.fault("found in the garbage")
+
+    one = threading.Thread(target=count, daemon=True)
+    one.start()
+    one.join(20)
+    assert not one.is_alive() and metrics.counters["faults"] == 1
 
 
 # ------------------------------------------------------------------------------------------------ HTTP
