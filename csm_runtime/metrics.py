@@ -106,6 +106,7 @@ class Metrics:
         One that is negative or not finite is left out and counted as ``observe.refused``. There are at most 64 names; the
         durations of later ones are those of "other".
         """
+        seconds = float(seconds)  # numpy's fp32 would not go into JSON
         with self._lock:
             if not 0.0 <= seconds < math.inf:
                 self._add("observe.refused", 1)
@@ -125,6 +126,7 @@ class Metrics:
         Calls that run at the same time count each for itself: the real-time factor is that of a call. Values that are
         negative or not finite are left out and counted as ``audio.refused``.
         """
+        seconds, spent_seconds = float(seconds), float(spent_seconds)
         with self._lock:
             if not (0.0 <= seconds < math.inf and 0.0 <= spent_seconds < math.inf):
                 self._add("audio.refused", 1)
@@ -334,7 +336,7 @@ def _number(name: str, value: Any) -> float | None:
         number = int(value) if isinstance(value, int) else float(value)
         return number if math.isfinite(number) else None
     except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"{name} must be a number, got {type(value).__name__}") from error
+        raise ValueError(f"{name} must be a number that a float can hold, got {type(value).__name__}") from error
 
 
 def _plain(name: str, value: Any) -> float | str | None:
@@ -379,8 +381,8 @@ class _Machine:
 
     def process(self) -> dict[str, Any]:
         """Of this process; 100 % is one processor core."""
-        busy = time.process_time()
         with self._lock:
+            busy = time.process_time()
             percent = self._process.percent(busy, time.monotonic())
         try:
             import psutil

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import time
 import urllib.error
@@ -80,6 +81,8 @@ def base_of(url: str) -> str:
 def monitor(url: str = DEFAULT_URL, interval: float = 1.0, once: bool = False, as_json: bool = False) -> None:
     """Print what a served Metrics says until interrupted; live where stdout is a terminal, else one table after another.
 
+    Ends quietly as well where nobody reads on, as under ``| head``.
+
     Args:
         url: see :func:`fetch`.
         interval: seconds from one reading to the next.
@@ -93,7 +96,7 @@ def monitor(url: str = DEFAULT_URL, interval: float = 1.0, once: bool = False, a
         raise ValueError(f"--interval must be between 0.1 and 3600 seconds, got {interval:g}")
     base, now, before, then = base_of(url), fetch(url), None, time.monotonic()
     title, fresh = base, True
-    with _screen(once or as_json) as draw, contextlib.suppress(KeyboardInterrupt):
+    with _screen(once or as_json) as draw, contextlib.suppress(KeyboardInterrupt), _unread():
         while True:
             if not as_json:
                 draw(view(now, before, title))
@@ -107,6 +110,15 @@ def monitor(url: str = DEFAULT_URL, interval: float = 1.0, once: bool = False, a
                 title, fresh = base, True
             except (ValueError, ConnectionError):
                 title, fresh = f"{base}: no answer for {time.monotonic() - then:.0f} s, what it said last", False
+
+
+@contextlib.contextmanager
+def _unread() -> Iterator[None]:
+    """Nobody reads stdout any more: no error, also not of the interpreter's when it flushes at its end."""
+    try:
+        yield
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager

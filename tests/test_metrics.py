@@ -87,6 +87,14 @@ def test_quantiles_are_those_of_the_kept_samples(count: int) -> None:
         assert row[f"{name}_seconds"] == pytest.approx(np.quantile(kept, share), rel=1e-12)
 
 
+def test_durations_of_other_kinds_of_float_are_floats() -> None:
+    metrics = Metrics()
+    metrics.observe("frame", np.float32(0.25))  # type: ignore[arg-type]
+    metrics.audio(np.float32(2.0), np.float32(1.0))  # type: ignore[arg-type]
+    found = json.loads(metrics.to_json())
+    assert found["latencies"]["frame"]["sum_seconds"] == 0.25 and found["audio"]["real_time_factor"] == 0.5
+
+
 def test_forgetting_samples_keeps_the_histogram() -> None:
     metrics = Metrics()
     metrics.observe("frame", 0.01)
@@ -280,7 +288,7 @@ def test_gauges_hold_numbers() -> None:
     assert got == {"a": 1, "b": 2.5, "c": 0.5, "d": 1, "e": None, "f": None}
     assert {type(value) for value in got.values()} == {int, float, type(None)}
     for bad in ("1", None, [1], 10**400):
-        with pytest.raises(ValueError, match="x must be a number, got"):
+        with pytest.raises(ValueError, match="x must be a number that a float can hold, got"):
             metrics.gauge("x", bad)  # type: ignore[arg-type]
 
 
