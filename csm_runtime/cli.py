@@ -1,4 +1,4 @@
-"""The command ``csm-accelerate``: demo, generate, verify, bench, doctor, guard-report, ab-report.
+"""The command ``csm-accelerate``: demo, generate, verify, bench, doctor, guard-report, ab-report, monitor.
 
 Exit codes: 0 done, 1 something failed, 2 bad input, 130 interrupted. Errors are one line on stderr; ``--debug`` shows
 the traceback.
@@ -25,6 +25,7 @@ from csm_runtime.doctor import diagnose
 from csm_runtime.events import load_events
 from csm_runtime.experiment import report_text
 from csm_runtime.extras import need
+from csm_runtime.monitor import DEFAULT_URL, monitor
 from csm_runtime.precision import PRESETS
 from csm_runtime.tuning import AUTO, load_policy
 
@@ -77,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
     _add_guard_report(commands)
     _add_ab_report(commands)
+    _add_monitor(commands)
     return parser
 
 
@@ -101,6 +103,18 @@ def _add_ab_report(commands: Any) -> None:
     )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.set_defaults(run=_ab_report)
+
+
+def _add_monitor(commands: Any) -> None:
+    parser = commands.add_parser("monitor", help="what a process says after model.acceleration.metrics.serve(), live")
+    parser.add_argument("url", metavar="URL", nargs="?", default=DEFAULT_URL, help=f"default: {DEFAULT_URL}")
+    parser.add_argument(
+        "--interval", type=float, default=1.0, metavar="SECONDS", help="from one reading to the next (default: 1)"
+    )
+    parser.add_argument("--once", action="store_true", help="one reading, then the end")
+    parser.add_argument("--json", action="store_true", help="print each reading as a line of JSON")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.set_defaults(run=_monitor)
 
 
 def _common(parser: argparse.ArgumentParser) -> None:
@@ -350,6 +364,11 @@ def _guard_report(args: argparse.Namespace) -> int:
 
 def _ab_report(args: argparse.Namespace) -> int:
     print(report_text(args.file, args.name, args.confidence, sequential=args.sequential))
+    return OK
+
+
+def _monitor(args: argparse.Namespace) -> int:
+    monitor(args.url, args.interval, args.once, args.json)
     return OK
 
 

@@ -14,7 +14,8 @@ import csm_kernels
 import csm_runtime
 
 KERNELS, RUNTIME = Path(csm_kernels.__file__).parent, Path(csm_runtime.__file__).parent
-HEAVY = ("transformers", "torchtune", "torchaudio", "tqdm", "matplotlib", "scipy", "soundfile", "rich")
+HEAVY = ("transformers", "torchtune", "torchaudio", "tqdm", "matplotlib", "scipy", "soundfile", "rich", "psutil")
+HEAVY += ("pynvml", "prometheus_client")
 
 OP_FILES = {"attention", "embed", "gemv", "gemv_kernel", "loss", "norm", "rope", "rvq", "sampling", "swiglu"}
 NO_OPS = {"NoiseKey", "SamplingParams"}
