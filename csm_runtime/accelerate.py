@@ -27,6 +27,7 @@ from csm_runtime.events import GuardEvent
 from csm_runtime.generate import FastGenerate, Seeds, plain_mode
 from csm_runtime.guard import FAST, STOCK, Breach, Finding, Guard, GuardConfig, Watch
 from csm_runtime.ladder import Seat
+from csm_runtime.memory import CacheClearing, source_of
 from csm_runtime.metrics import Metrics
 from csm_runtime.packed_store import PackedStore
 from csm_runtime.precision import PrecisionPolicy, resolve_policy
@@ -219,6 +220,8 @@ class Acceleration:
         policy: the precision policy in force.
         guard: what verifies frames, what it found, and the rung that calls start on, see
             :class:`~csm_runtime.guard.Guard`.
+        memory: what clears cached memory between frames, and makes room where it runs out, see
+            :class:`~csm_runtime.memory.CacheClearing`.
         notes: what differs from the plan and why, for example that nothing could be compiled.
         tuned: how ``precision="auto"`` found the policy, :class:`~csm_runtime.tuning.TunedPolicy`, or None.
         without: optimisations that are left out.
@@ -255,6 +258,7 @@ class Acceleration:
         self.policy = policy
         self.metrics = Metrics()
         self.guard = Guard(guard, self.metrics)
+        self.memory = CacheClearing(None, self.metrics)
         self._seats: dict[str, Seat] = {}
         self._codec: CodecPath | None = None
         self._codec_faults: list[str] = []
@@ -427,6 +431,7 @@ class Acceleration:
             engine = Engine(
                 self._spec, rotary, dtype, device, capacity, self._wanted_mode, self.metrics, kv_dtype, self.without
             )
+        self.memory.follow(source_of(device))
         # A stock layer whose weights were dropped computes from its copies in a way that is not worth compiling.
         compiled = engine.mode not in ("eager", "kernels") and not self._dropped
         compiled = compiled and "compiled prefill" not in self.without
@@ -596,16 +601,24 @@ class Acceleration:
     ) -> Tensor:
         """Every frame of a call: ``[N, frames, codebooks]`` int64 on the model's device.
 
-        What breaks, or fails verification, is made again on a lower rung; ``rest`` finishes on the stock path.
+        What breaks, or fails verification, is made again on a lower rung, after a first lack of memory on the same one;
+        ``rest`` finishes on the stock path.
         """
         rows = request.input_ids.shape[0]
         self._check_room(request)
         seeds.fit(rows, request.backbone.do_sample or request.depth.do_sample)
-        loop = None
+        loop, made_room = None, False
+        self.memory.between_calls()
         while loop is None or self.guard.rung != STOCK:
             rung = self.guard.rung
             loop = DecodeLoop(
-                request, functools.partial(self._begin, request, seeds, loop), streamer, self.metrics, loop
+                request,
+                functools.partial(self._begin, request, seeds, loop),
+                streamer,
+                self.metrics,
+                loop,
+                self.memory.between_frames,
+                self.memory.frame,
             )
             try:
                 loop.run()
@@ -613,7 +626,14 @@ class Acceleration:
                     return self._delivered(loop, request, streamer)
             finally:
                 loop.release()
-            if self.guard.rung == rung:  # else its calibration has gone down already
+            if self.guard.rung != rung:  # its calibration has gone down already
+                continue
+            breach = loop.breach
+            if breach is not None and breach.kind == "memory" and not made_room:
+                made_room = True
+                loop.runner = loop.watch = None
+                self.memory.make_room(breach.reason)
+            else:
                 self._step_down(loop)
         self._went_stock("a fault of the fast path")
         none = request.input_ids.new_zeros(rows, 0, self._spec.codebooks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections import deque
@@ -16,6 +17,7 @@ from csm_runtime.checks import Sample
 from csm_runtime.engine import Engine, Trace
 from csm_runtime.guard import Breach, Interrupted, Watch
 from csm_runtime.kv import Fault
+from csm_runtime.memory import is_out_of_memory
 from csm_runtime.metrics import Metrics
 
 logger = logging.getLogger("csm_runtime")
@@ -100,6 +102,8 @@ class DecodeLoop:
         streamer: gets the codes of every frame, or None.
         metrics: where timings go.
         made: an earlier loop of the same call, whose frames are kept.
+        between_frames: called after each frame that went well, with no launch half done.
+        launching: its block is the launch of a frame, prefill included.
 
     Attributes:
         frames: ``[N, codebooks]`` each, the frames that the host has read and the streamer has got.
@@ -115,6 +119,8 @@ class DecodeLoop:
         streamer: Any,
         metrics: Metrics,
         made: DecodeLoop | None = None,
+        between_frames: Callable[[], None] | None = None,
+        launching: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> None:
         self.frames: list[Tensor] = [] if made is None else made.frames
         self._ends: list[Tensor] = [] if made is None else made._ends
@@ -124,6 +130,7 @@ class DecodeLoop:
         self.watch: Watch | None = None
         self._evidence: dict[str, Tensor] = {}
         self._request, self._begin, self._streamer, self._metrics = request, begin, streamer, metrics
+        self._between_frames, self._launching = between_frames, launching
         self._speech_ended = False
         self._fault: Exception | None = None
         self._in_flight: deque[_Frame] = deque()
@@ -148,8 +155,11 @@ class DecodeLoop:
         """
         try:
             while not self._stopped and not self._speech_ended and self._launched < self._request.max_frames:
-                self._launch()
+                with self._launching():
+                    self._launch()
                 self._read(leave=self._lag)
+                if self._between_frames is not None and not self._stopped:
+                    self._between_frames()
             self._read(leave=0)
         finally:
             if self._fault is not None:
@@ -213,7 +223,11 @@ class DecodeLoop:
         """Count a fault and, the first time, log it; the guard's line follows each time."""
         what = f"{type(fault).__name__}: {fault}"
         if self._metrics.fault(what):
-            after = "after the end of speech" if self.complete else "a safer path goes on until guard.rearm()"
+            after = "a safer path goes on until guard.rearm()"
+            if self.complete:
+                after = "after the end of speech"
+            elif is_out_of_memory(fault):
+                after = "a safer path goes on until guard.rearm() if this happens again in the same call"
             logger.warning("the fast path failed at frame %d, %s: %s", len(self.frames), after, what, exc_info=fault)
 
     def _launch(self) -> None:
@@ -276,9 +290,6 @@ class DecodeLoop:
             return None
 
 
-_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
-
-
 def breach_of(fault: Exception, frame: int, watch: Watch | None = None) -> Breach:
     """What an exception, or a frame's own checks, mean for an utterance whose frames before ``frame`` are good."""
     reason = f"{type(fault).__name__}: {fault}"
@@ -287,6 +298,6 @@ def breach_of(fault: Exception, frame: int, watch: Watch | None = None) -> Breac
         if fault.fault != Fault.TIMED_OUT and watch is not None and watch.kept:
             suspect = "depth" if bool(torch.isfinite(watch.kept[-1].hidden).all()) else "backbone"
         return Breach(str(fault), "frame", frame, suspect)
-    if isinstance(fault, (MemoryError, torch.OutOfMemoryError)) or any(word in str(fault) for word in _NO_MEMORY):
+    if is_out_of_memory(fault):
         return Breach(reason, "memory", frame)
     return Breach(reason, "exception", frame)

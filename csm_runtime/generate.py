@@ -80,7 +80,7 @@ class FastGenerate:
             if reason is None:
                 try:
                     with plain_mode():
-                        handle._refresh()
+                        handle.memory.with_retry(handle._refresh)
                 except Exception as error:  # no room for a copy, a weight that its format cannot hold
                     handle._cannot_follow(error)
                     reason = handle._why_stock(arguments)

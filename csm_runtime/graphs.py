@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -14,6 +14,22 @@ _CAPTURING = threading.Lock()
 _FAILED: list[torch.cuda.CUDAGraph] = []
 """Graphs whose capture failed. torch's allocators keep a bare pointer to a graph whose capture could not be ended, and
 follow it at the next capture: these live as long as the process."""
+
+
+@contextlib.contextmanager
+def no_capture(wait: float = 0.0) -> Iterator[bool]:
+    """Keep captures of this process waiting while the block runs, for what would break them in whatever thread it is done.
+
+    Yields:
+        False where one is under way and takes longer than ``wait`` seconds, or the caller's own stream is being captured.
+    """
+    mine = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    got = not mine and _CAPTURING.acquire(timeout=wait)
+    try:
+        yield got
+    finally:
+        if got:
+            _CAPTURING.release()
 
 
 class Pool:

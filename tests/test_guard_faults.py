@@ -347,14 +347,15 @@ def breaking(model: Any, error: Callable[[], Exception], times: int = 1) -> None
     ],
 )
 def test_out_of_memory_at_a_frame(error: Callable[[], Exception]) -> None:
-    """Straight to the stock path, with the fast path's buffers given back."""
+    """The second in one call: straight to the stock path, with the fast path's buffers given back."""
     model = guarded(precision="fast")
     healthy = generate(guarded(precision="fast"))
-    breaking(model, error)
+    breaking(model, error, times=2)
     got = generate(model)
     event = assert_found(model, "memory")
     assert event.next_rung == "stock"
     assert not model.acceleration._engine._runners
+    assert model.acceleration.metrics.counters["memory.retries"] == 1
     assert torch.equal(got[:, :AT], healthy[:, :AT])
     assert_greedy_from(model, got, AT)
 
@@ -517,7 +518,7 @@ def test_a_seed_holds_when_the_stock_path_goes_on() -> None:
     made = []
     for number in (1, 2):
         model = guarded()
-        breaking(model, lambda: torch.OutOfMemoryError("injected"))
+        breaking(model, lambda: torch.OutOfMemoryError("injected"), times=2)
         torch.manual_seed(number)
         made.append(generate(model, **SAMPLED))
         state = torch.get_rng_state()
