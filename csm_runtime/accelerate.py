@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import threading
 import time
 import types
 from collections.abc import Callable, Sequence
@@ -24,7 +23,7 @@ from csm_runtime.codec import CodecPath, cut_at_end
 from csm_runtime.decode_loop import DecodeLoop, breach_of
 from csm_runtime.engine import BUCKETS, Engine, bucket_for
 from csm_runtime.events import GuardEvent
-from csm_runtime.generate import FastGenerate, Seeds, plain_mode
+from csm_runtime.generate import FastGenerate, Seeds, Turns, plain_mode
 from csm_runtime.guard import FAST, STOCK, Breach, Finding, Guard, GuardConfig, Watch
 from csm_runtime.ladder import Seat
 from csm_runtime.memory import CacheClearing, source_of
@@ -33,6 +32,7 @@ from csm_runtime.packed_store import PackedStore
 from csm_runtime.precision import PrecisionPolicy, resolve_policy
 from csm_runtime.report import Report
 from csm_runtime.rounding import Rounding, calibrate_rounding
+from csm_runtime.streaming import DEFAULT_AHEAD, DEFAULT_SCHEDULE, AsyncAudioStream, AudioStream, Channel, stream_of
 from csm_runtime.training import CsmTrainingConfig, accelerate_training
 from csm_runtime.weights import DTYPES, PackedWeights, matrices, zone_table
 
@@ -247,7 +247,7 @@ class Acceleration:
         self._wanted_mode = mode
         self._progress = progress
         self._weights = PackedWeights(policy)
-        self._lock = threading.RLock()
+        self._lock = Turns()
         self._busy = False
         self._warm: set[int] = set()
         self._dropped = False
@@ -261,6 +261,7 @@ class Acceleration:
         self.memory = CacheClearing(None, self.metrics)
         self._seats: dict[str, Seat] = {}
         self._codec: CodecPath | None = None
+        self._streamed: CodecPath | None = None
         self._codec_faults: list[str] = []
         self.notes: list[str] = []
         self._engine = self._build_engine()
@@ -382,6 +383,78 @@ class Acceleration:
                         f"the guard has no limits for rung {event.rung!r} of this model: {error}"
                     ) from error
             return ladder.replay_event(self._model, seat, event, self.guard.floors[event.rung], self._dropped)
+
+    def stream(
+        self,
+        *,
+        chunk_frames: int | Sequence[int] = DEFAULT_SCHEDULE,
+        ahead: int | None = DEFAULT_AHEAD,
+        watermark: Callable[[Tensor, int], Tensor] | None = None,
+        **inputs: Any,
+    ) -> AudioStream:
+        """Speak, and give the sound chunk by chunk while it is being made.
+
+        Frames are made in a thread of the stream's own, from now on. The model makes one utterance at a time: other calls
+        wait until this one has ended, been closed or, where the listener is slow, been made to its end.
+
+        Args:
+            chunk_frames: codec frames (80 ms) per chunk, or those of the first chunks, the last entry from then on.
+            ahead: chunks that may wait for the listener before generation waits too, unless another call waits for the
+                model; None for any number.
+            watermark: called with the samples ``[S]`` fp32 of each chunk and their rate; what it returns is what is heard.
+            inputs: of ``generate()``, ``seed`` included; not ``streamer`` or ``output_audio``.
+
+        Returns:
+            An iterator over :class:`~csm_runtime.streaming.AudioChunk`, fp32, of all rows of the batch as they come; its
+            ``close()`` stops generation at the next frame.
+
+        Raises:
+            ValueError: a bad argument. What ``generate()`` raises, iterating raises.
+
+        Example::
+
+            with model.acceleration.stream(**inputs, chunk_frames=2) as stream:
+                for chunk in stream:
+                    device.write(chunk.samples.numpy())
+        """
+        channel, run = self._streaming(inputs, chunk_frames, ahead, watermark)
+        return AudioStream(channel, run)
+
+    def astream(
+        self,
+        *,
+        chunk_frames: int | Sequence[int] = DEFAULT_SCHEDULE,
+        ahead: int | None = DEFAULT_AHEAD,
+        watermark: Callable[[Tensor, int], Tensor] | None = None,
+        **inputs: Any,
+    ) -> AsyncAudioStream:
+        """:meth:`stream` for ``async for``; generation starts with the first chunk that is awaited."""
+        channel, run = self._streaming(inputs, chunk_frames, ahead, watermark)
+        return AsyncAudioStream(lambda: AudioStream(channel, run), channel)
+
+    def _streaming(self, inputs: dict[str, Any], *how: Any) -> tuple[Channel, Callable[[], None]]:
+        chunk_frames, ahead, watermark = how
+        return stream_of(
+            lambda **arguments: self._model.generate(**arguments),
+            inputs,
+            codec=self._stream_codec,
+            end_code=self._model.config.codebook_eos_token_id,
+            chunk_frames=chunk_frames,
+            ahead=ahead,
+            watermark=watermark,
+            metrics=self.metrics,
+            yields=lambda: self._lock.waiting > 0,
+        )
+
+    def _stream_codec(self) -> Any:
+        """The codec as streams decode with it: in fp32 unless the policy says otherwise."""
+        codec, wanted = self._model.codec_model, self.policy.format_of("codec")
+        if self._streamed is None or self._streamed.codec is not codec:
+            try:
+                self._streamed = CodecPath(codec, "fp32" if wanted == "keep" else wanted)
+            except ValueError:  # no Mimi: as it is
+                self._streamed = CodecPath(codec)
+        return self._streamed.in_format()
 
     def restore(self) -> None:
         """Give the stock model back: same outputs as before, nothing of ours left on it.

@@ -173,13 +173,13 @@ class CodecPath:
     def _stock(self, row: Tensor, number: int) -> Tensor:
         """One row as the stock loop decodes it. Its exceptions are no fault of the codes: tried once more, then named."""
         if not len(row):
-            return _call(self.codec, row.unsqueeze(0))[0]
+            return decode_offline(self.codec, row.unsqueeze(0))[0]
         try:
-            return _call(self.codec, row.unsqueeze(0))[0]
+            return decode_offline(self.codec, row.unsqueeze(0))[0]
         except Exception as error:
             self._report(f"the stock codec failed on row {number}: {_said(error)}")
         try:
-            return _call(self.codec, row.unsqueeze(0))[0]
+            return decode_offline(self.codec, row.unsqueeze(0))[0]
         except Exception as error:
             raise RuntimeError(
                 f"the codec failed twice on the {len(row)} frames of row {number} ({_said(error)}); the codes are intact:"
@@ -210,10 +210,10 @@ class CodecPath:
         """The rows in one call, or None and a report where its samples are not to be trusted."""
         lengths, converts = [len(row) for row in rows], self._converts()
         try:
-            codec = self._refreshed() if converts else self.codec
+            codec = self.in_format()
             padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
             with torch.autocast(padded.device.type, enabled=False) if converts else contextlib.nullcontext():
-                made = _call(codec, padded)
+                made = decode_offline(codec, padded)
             wanted = padded.shape[1] * _frame_samples(self.codec)
             if made.shape != (len(rows), wanted):
                 raise RuntimeError(f"{tuple(made.shape)} samples instead of {(len(rows), wanted)}")
@@ -228,8 +228,11 @@ class CodecPath:
             return None
         return sounds
 
+    def in_format(self) -> Any:
+        """The codec that decodes in ``format``: the stock one, or a copy, made again where the stock weights have changed."""
+        return self._refreshed() if self._converts() else self.codec
+
     def _refreshed(self) -> Any:
-        """The converted codec, made again where the stock weights have changed."""
         mark = torch.cat([fingerprint(x) for x in _decoding_tensors(self.codec)])
         if self._mark is None or self._mark.device != mark.device or not torch.equal(self._mark, mark):
             self._copy = self._mark = None
@@ -238,7 +241,8 @@ class CodecPath:
         return self._copy
 
 
-def _call(codec: Any, codes: Tensor) -> Tensor:
+@torch.no_grad()
+def decode_offline(codec: Any, codes: Tensor) -> Tensor:
     """``[N, F, K]`` to ``[N, samples]``, called as the stock loop calls it."""
     return codec.decode(codes.transpose(1, 2)).audio_values[:, 0]
 

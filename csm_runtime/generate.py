@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -51,6 +52,32 @@ def _per_row(name: str, values: Tensor, rows: int) -> Tensor:
     if values.ndim == 1 and len(values) != rows:
         raise ValueError(f"{name} must be one integer or {rows} of them, one per row, got {len(values)}")
     return values.expand(rows)
+
+
+class Turns:
+    """The lock under which a model's calls take turns; reentrant.
+
+    Attributes:
+        waiting: how many threads wait for it.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._count = threading.RLock(), threading.Lock()
+        self.waiting = 0
+
+    def __enter__(self) -> None:
+        if self._lock.acquire(blocking=False):
+            return
+        with self._count:
+            self.waiting += 1
+        try:
+            self._lock.acquire()
+        finally:
+            with self._count:
+                self.waiting -= 1
+
+    def __exit__(self, *error: Any) -> None:
+        self._lock.release()
 
 
 class FastGenerate:

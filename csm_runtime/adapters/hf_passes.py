@@ -126,18 +126,22 @@ class Passes:
 
         self._attempt(compare)
 
-    def prefill(self, x: Tensor, mask: Tensor | None, positions: Tensor) -> Prefilled:
+    def prefill(self, x: Tensor, mask: Tensor | None, positions: Tensor, past: Prefilled | None = None) -> Prefilled:
         """Run a prompt through the backbone.
 
         Args:
             x: ``[N, T, D]`` embeddings in the model's dtype.
-            mask: ``[N, T]`` 1 where a position counts, or None for all.
+            mask: ``[N, P + T]`` 1 where a position counts, or None for all.
             positions: ``[N, T]`` or ``[1, T]`` rotary positions.
+            past: the P positions before these, or None for none.
+
+        Returns:
+            Keys and values of all ``P + T`` positions.
         """
         backbone = self._model.backbone_model
-        found = self._attempt(lambda layer: self._stack(layer, backbone, x, mask, positions))
+        found = self._attempt(lambda layer: self._stack(layer, backbone, x, mask, positions, past))
         if found is None:
-            return _stock_prefill(self._model, x, mask, positions)
+            return _stock_prefill(self._model, x, mask, positions, past)
         hidden, layers = found
         return Prefilled(layers, hidden[:, -1].float())
 
@@ -185,29 +189,36 @@ class Passes:
         x: Tensor,
         mask: Tensor | None,
         positions: Tensor | None,
+        past: Prefilled | None = None,
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """All layers of a stack, in chunks: the last chunk's normalised output, and keys and values per layer."""
-        rows, tokens = x.shape[:2]
+        rows, new = x.shape[:2]
         config, device = stack.config, x.device
+        done = 0 if past is None else past.layers[0][0].shape[2]
+        tokens = done + new
         # One position more than are ever used: whether a part of a cache is all of it would be a guard.
         shape = (rows, config.num_key_value_heads, tokens + 1, config.head_dim)
         layers = [_frozen(module) for module in stack.layers[: config.num_hidden_layers]]
         caches = [(x.new_empty(shape), x.new_empty(shape)) for _ in layers]
+        for cache, before in zip(caches, [] if past is None else past.layers):
+            for own, other in zip(cache, before):
+                own[:, :, :done].copy_(other)
         steps = torch.arange(tokens, device=device)
         positions = steps[None] if positions is None else positions
         if mask is not None:
             mask = mask.bool()
-        chunks = -(-tokens // CHUNK)
+        chunks = -(-new // CHUNK)
         # Chunks of nearly equal length: a last one of a single position would be compiled for separately.
-        ends = [tokens * (i + 1) // chunks for i in range(chunks)]
-        out, start = x, 0
+        ends = [done + new * (i + 1) // chunks for i in range(chunks)]
+        out, start = x, done
         for end in ends:
             slots = _own(steps[start:end])
             allowed = (steps[:end] <= slots[:, None]).expand(rows, 1, -1, -1)
             if mask is not None:
                 allowed = allowed & mask[:, None, None, :end]
-            out = _own(x[:, start:end])
-            cos, sin = stack.rotary_emb(out, position_ids=positions[:, start:end].expand(rows, -1))
+            out = _own(x[:, start - done : end - done])
+            where = positions[:, start - done : end - done]
+            cos, sin = stack.rotary_emb(out, position_ids=where.expand(rows, -1))
             allowed, cos, sin = map(_own, (allowed, cos, sin))
             run = layer if end - start > 1 else _layer_pass
             for module, (keys, values) in zip(layers, caches):
@@ -216,17 +227,22 @@ class Passes:
         return stack.norm(out), [(keys[:, :, :tokens], values[:, :, :tokens]) for keys, values in caches]
 
 
-def _stock_prefill(model: Any, x: Tensor, mask: Tensor | None, positions: Tensor) -> Prefilled:
+def _stock_prefill(
+    model: Any, x: Tensor, mask: Tensor | None, positions: Tensor, past: Prefilled | None = None
+) -> Prefilled:
     """The same by the stock backbone's own forward."""
     from transformers.cache_utils import DynamicCache
 
     cache = DynamicCache(config=model.config)
+    for index, pair in enumerate([] if past is None else past.layers):
+        cache.update(*pair, index)
+    done = cache.get_seq_length()
     hidden = x[:, -1]
     for start in range(0, x.shape[1], CHUNK):
         end = min(start + CHUNK, x.shape[1])
         out = model.backbone_model(
             inputs_embeds=x[:, start:end],
-            attention_mask=None if mask is None else mask[:, :end],
+            attention_mask=None if mask is None else mask[:, : done + end],
             position_ids=positions[:, start:end],
             past_key_values=cache,
             use_cache=True,
