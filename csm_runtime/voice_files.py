@@ -134,7 +134,10 @@ class VoiceFiles:
                 tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in profile.tensors.items()}
                 said = _about(profile)
                 said["checksum"] = _checksum(said, tensors)
-                save_whole(path, tensors, {_KEY: json.dumps(said)})
+                metadata = {_KEY: json.dumps(said)}
+                if len(json.dumps(metadata)) > _LONGEST_HEADER // 2:
+                    raise ValueError("meta is too long for the header of a file")
+                save_whole(path, tensors, metadata)
             except Exception as error:  # safetensors has errors of its own for a full disk
                 self._count("unwritable")
                 self._warn("", f"voice profiles cannot be saved in {self.folder}, they stay in memory: {_said(error)}")
@@ -301,7 +304,7 @@ def _checksum(said: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     layout = {name: [str(tensor.dtype), *tensor.shape] for name, tensor in tensors.items()}
     made = hashlib.blake2b(json.dumps([said, layout], sort_keys=True).encode(), digest_size=32, person=b"csm voice")
     for name in sorted(tensors):
-        made.update(raw_bytes(tensors[name]))
+        made.update(raw_bytes(tensors[name]).data)
     return made.hexdigest()
 
 
