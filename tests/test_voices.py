@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import logging
 import os
 import random
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -683,6 +685,34 @@ def test_what_is_removed_while_it_is_made_or_written_stays_away(tmp_path: Path) 
     store._files.load = slow_load  # type: ignore[union-attr, method-assign]
     assert same(store.get(name(0), MODEL), profile(0))
     assert len(store) == 0 and list(tmp_path.iterdir()) == []
+    write = store._files.write  # type: ignore[union-attr]
+
+    def late_write(*args: Any) -> None:
+        store.remove(name(0))
+        write(*args)
+
+    store._files.write = late_write  # type: ignore[union-attr, method-assign]
+    store.put(profile(0))
+    assert len(store) == 0 and list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_holds_no_memory() -> None:
+    store, held = Voices(budget=1 << 20), list[weakref.ref[torch.Tensor]]()
+
+    def make() -> Profile:
+        large = torch.ones(3)
+        held.append(weakref.ref(large))
+        raise ArithmeticError("no voice")
+
+    gc.collect()
+    gc.disable()  # only a cycle would wait for it
+    try:
+        for _ in range(2):
+            with contextlib.suppress(ArithmeticError):
+                store.get_or_make(name(0), MODEL, make)
+        assert [ref() for ref in held] == [None, None]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
