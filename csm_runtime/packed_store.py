@@ -136,18 +136,10 @@ class PackedStore:
         self._metrics.count("packed_cache.loaded", len(kept))
         if len(kept) == len(copies) == len(before):
             return
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.{uuid.uuid4().hex}")
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             tensors, metadata = self._contents(copies)
-            with temporary.open("xb") as file:  # safetensors lets nobody else read what it writes
-                mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-            need("safetensors.torch", "hf").save_file(tensors, temporary, metadata={_KEY: json.dumps(metadata)})
-            os.chmod(temporary, mode)
-            os.replace(temporary, self.path)
+            save_whole(self.path, tensors, {_KEY: json.dumps(metadata)})
         except Exception as error:  # safetensors has errors of its own for a full disk or a folder without permission
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
             self._metrics.count("packed_cache.unwritable")
             logger.warning("packed weights could not be saved as %s: %s: %s", self.path, type(error).__name__, error)
             return
@@ -221,6 +213,28 @@ class PackedStore:
             raise ValueError(f"{name} has another format or shape")
         if not _same(copy.checksum, checksum(copy.packed)):
             raise ValueError(f"{name} is damaged: its checksum is another one")
+
+
+def save_whole(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file that appears whole or not at all, in a folder that is made where it is absent.
+
+    Until then it is ``.{name}.{process}.{32 hex digits}`` beside its place, which only a process that dies leaves behind.
+
+    Raises:
+        Exception: of whatever kind safetensors has for a full disk or a folder without permission.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with temporary.open("xb") as file:  # safetensors lets nobody else read what it writes
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+        need("safetensors.torch", "hf").save_file(tensors, temporary, metadata=metadata)
+        os.chmod(temporary, mode)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def _shapes(policy: PrecisionPolicy, weights: ModelWeights) -> dict[str, tuple[str, tuple[int, ...], torch.dtype]]:
