@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from csm_runtime import compiling, hugepages, ladder, tuning
-from csm_runtime.adapters import hf, hf_call
+from csm_runtime.adapters import hf, hf_call, hf_checks
 from csm_runtime.adapters.hf_passes import Passes
 from csm_runtime.checks import Checks
 from csm_runtime.codec import CodecPath, cut_at_end
@@ -26,15 +26,17 @@ from csm_runtime.events import GuardEvent
 from csm_runtime.generate import FastGenerate, Seeds, Turns, plain_mode
 from csm_runtime.guard import FAST, STOCK, Breach, Finding, Guard, GuardConfig, Watch
 from csm_runtime.ladder import Seat
-from csm_runtime.memory import CacheClearing, source_of
+from csm_runtime.memory import CacheClearing, MemoryReading, cuda_probe, process_probe, source_of
 from csm_runtime.metrics import Metrics
 from csm_runtime.packed_store import PackedStore
 from csm_runtime.precision import PrecisionPolicy, resolve_policy
+from csm_runtime.prompts import Prompts
 from csm_runtime.report import Report
 from csm_runtime.rounding import Rounding, calibrate_rounding
 from csm_runtime.streaming import DEFAULT_AHEAD, DEFAULT_SCHEDULE, AsyncAudioStream, AudioStream, Channel, stream_of
 from csm_runtime.training import CsmTrainingConfig, accelerate_training
-from csm_runtime.weights import DTYPES, PackedWeights, matrices, zone_table
+from csm_runtime.voices import Profile, Voices, fingerprint_of
+from csm_runtime.weights import DTYPES, PackedWeights, fingerprint, matrices, zone_table
 
 logger = logging.getLogger("csm_runtime")
 
@@ -73,6 +75,7 @@ def accelerate(
     rounding: str | Rounding = "nearest",
     packed_cache: str | os.PathLike[str] | None = None,
     map_packed: bool = False,
+    voices: bool | Voices = True,
 ) -> Any:
     """Make ``model.generate`` fast, in place; everything else of the model stays as it is.
 
@@ -120,6 +123,9 @@ def accelerate(
         map_packed: leave the packed weights in the file of ``packed_cache`` and map it, on a CPU: processes then share
             them, and they can be evicted and come back; but no huge pages, for files have none. What is packed at this start
             lies in own memory until the next one. Nobody may change or truncate the file in place meanwhile.
+        voices: True keeps what the backbone has made of the references of a prompt (one row, unpadded), so that the next call
+            with the same references, or with more behind them, begins there: the same tokens, sooner. False keeps nothing; a
+            :class:`~csm_runtime.voices.Voices` says how many bytes, and in which folder. docs/voices.md.
 
     Returns:
         The same object. ``model.acceleration`` is the handle: ``report()``, ``metrics``, ``restore()``.
@@ -164,8 +170,10 @@ def accelerate(
             f"calibration is for precision='auto', or for rounding='gptq' if it is no path, got precision={precision!r} and "
             f"rounding={rounding!r}"
         )
+    if not isinstance(voices, (bool, Voices)):
+        raise ValueError(f"voices must be True, False or a Voices, got {voices!r}")
     policy = resolve_policy(precision) if tuned is None else tuned.policy
-    handle = Acceleration(model, policy, max_positions, mode, progress, _guard_config(guard), left_out)
+    handle = Acceleration(model, policy, max_positions, mode, progress, _guard_config(guard), left_out, voices)
     handle.tuned, handle.codec_batch_frames = tuned, codec_batch_frames
     if rounding == GPTQ:
         calls = None if isinstance(calibration, (str, Path)) else calibration
@@ -237,6 +245,7 @@ class Acceleration:
         progress: bool,
         guard: GuardConfig,
         without: frozenset[str] = frozenset(),
+        voices: bool | Voices = True,
     ) -> None:
         self._spec = hf.read_spec(model)
         _check_plain(model)
@@ -265,6 +274,14 @@ class Acceleration:
         self._codec_faults: list[str] = []
         self.notes: list[str] = []
         self._engine = self._build_engine()
+        if isinstance(voices, bool):
+            voices_or_none = Voices(metrics=self.metrics, probe=self._voice_memory()) if voices else None
+        else:
+            voices_or_none = voices
+        self._prompts = Prompts(model, voices_or_none, self._prompt_mark, self.metrics)
+        if voices_or_none is not None:
+            self.metrics.watch("voices", voices_or_none.status)
+            self.memory.shrinkers.append(voices_or_none.shrink)
 
     def set_up(
         self, sizes: tuple[int, ...], packed_cache: str | os.PathLike[str] | None = None, map_packed: bool = False
@@ -486,6 +503,36 @@ class Acceleration:
         else:
             self.notes.append(f"drop_originals had nothing to drop: precision {self.policy.name!r} quantises nothing")
 
+    @property
+    def voices(self) -> Voices | None:
+        """Where what the backbone made of references is kept, or None."""
+        return self._prompts.voices
+
+    def add_voice(
+        self, *, meta: dict[str, str | int | float] | None = None, pinned: bool = True, **inputs: Any
+    ) -> Profile:
+        """Let a reference through the backbone now, so that the first call that speaks in its voice begins behind it.
+
+        Args:
+            meta: whatever else is to be known of it, such as its transcript.
+            pinned: keep it whatever other voices come.
+            inputs: of ``generate()``, for the reference alone: one row that ends with the end of its sound.
+
+        Raises:
+            ValueError: another prompt than that, or voices are switched off.
+
+        Example::
+
+            reference = processor.apply_chat_template(reference_turns, tokenize=True, return_dict=True)
+            model.acceleration.add_voice(**reference)
+        """
+        if self.voices is None:
+            raise ValueError("voices are switched off; accelerate(model, voices=True) keeps them")
+        hf_checks.check_arguments(self._model, self._spec, inputs)
+        with self._lock, plain_mode():
+            self._refresh()
+            return self._prompts.add(self._passes, inputs, meta or {}, pinned)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None  # a copied model is a stock model
 
@@ -595,6 +642,24 @@ class Acceleration:
         self._warm.clear()
         self._seats.clear()
         self.guard.forget_floors()
+
+    def _voice_memory(self) -> Callable[[], MemoryReading | None]:
+        """Of what device: profiles lie where the model does."""
+        device = self._engine.device
+        return functools.partial(cuda_probe, device) if device.type == "cuda" else process_probe
+
+    def _prompt_mark(self) -> str:
+        """Of everything that the keys and values of a prompt depend on besides the prompt."""
+        model = self._model
+        parts: dict[str, Any] = {"spec": repr(self._spec), "dtype": str(self._engine.dtype)}
+        parts |= {f"backbone.{name}": x for name, x in model.backbone_model.named_parameters()}
+        parts |= {"text": model.embed_text_tokens.weight}
+        parts |= {f"codec.{name}": x for name, x in hf.encoding_tensors(model)}
+        marks = {
+            name: fingerprint(x) if isinstance(x, Tensor) and not x.is_meta else str(x) for name, x in parts.items()
+        }
+        copies = self._weights.checksums() if self._dropped else {}
+        return fingerprint_of({**marks, **{f"copy.{name}": mark for name, mark in copies.items()}})
 
     def _fast_seat(self) -> Seat:
         return Seat(self._engine, self._passes, self._weights)
@@ -825,12 +890,11 @@ class Acceleration:
         made = request.input_ids.new_zeros(rows, 0, self._spec.codebooks)
         if loop is not None and loop.frames:
             made = torch.stack(loop.frames, dim=1)
-        x, mask, positions = hf_call.prompt_with_frames(self._model, request, made)
-        prompt = seat.passes.prefill(x, mask, positions)
+        prompt = self._prompts.prefill(seat.passes, request, made, known=rung == FAST)
         runner = seat.engine.prepare(rows)
-        state = runner.state
-        ended = None if loop is None else loop.ended
-        state.load_prompt(prompt.layers, prompt.hidden, mask, positions[:, -1].expand(rows), made.shape[1], ended)
+        state, filled = runner.state, prompt.filled
+        ended, last = None if loop is None else loop.ended, prompt.positions[:, -1].expand(rows)
+        state.load_prompt(filled.layers, filled.hidden, prompt.mask, last, made.shape[1], ended)
         pad = request.pad_token if request.pads_finished_rows else None
         state.set_end(request.eos_token, self._spec.codebooks - 1, pad)
         for params, wanted, vocab in (

@@ -447,6 +447,10 @@ class PackedWeights:
         """Names of the copies whose bits are no longer those that were packed; reads all of them once."""
         return [name for name, copy in self._copies.items() if not _same(copy.checksum, checksum(copy.packed))]
 
+    def checksums(self) -> dict[str, Tensor]:
+        """What each copy's bits were when it was packed, ``[n]`` int64 by name."""
+        return {name: copy.checksum for name, copy in self._copies.items()}
+
     def release_sources(self, names: Iterable[str]) -> None:
         """Stop comparing copies with their originals, which have been dropped."""
         for name in names:

@@ -109,6 +109,13 @@ def codec_size(model: Any) -> tuple[torch.dtype, int]:
     return parameters[0].dtype, sum(p.nbytes for p in parameters)
 
 
+def encoding_tensors(model: Any) -> list[tuple[str, Tensor]]:
+    """What the codec encodes sound with, by name."""
+    codec = model.codec_model
+    named = (*codec.named_parameters(), *codec.named_buffers())
+    return [(name, x.detach()) for name, x in named if not name.startswith(("decoder", "upsample"))]
+
+
 def _stack(config: Any) -> StackSpec:
     return StackSpec(
         layers=config.num_hidden_layers,

@@ -7,7 +7,7 @@ loop itself is replaced, through its ``custom_generate`` hook.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -202,6 +202,64 @@ def prompt_with_frames(model: Any, request: Request, made: Tensor) -> tuple[Tens
         positions = torch.cat([positions, positions[:, -1:] + steps], dim=1)
         mask = None if mask is None else torch.cat([mask, mask.new_ones(mask.shape[0], n)], dim=1)
     return x, mask, positions
+
+
+@dataclass(frozen=True)
+class Sound:
+    """A segment of sound in a prompt of one row."""
+
+    start: int
+    end: int
+    """Of its positions; the one behind them is the end-of-sound token."""
+    waveform: Tensor
+    """``[channels, samples]``"""
+
+
+def after(sound: Sound) -> int:
+    """The first position behind a sound and its end-of-sound token."""
+    return sound.end + 1
+
+
+def sounds_of(model: Any, ids: Tensor, prompt: Mapping[str, Any], mask: Tensor | None) -> list[Sound]:
+    """The segments of sound of a prompt, in order; nothing where it is not one unpadded row of text and sound in turn.
+
+    Args:
+        model: the stock model.
+        ids: ``[N, T]`` or ``[N, T, K]``.
+        prompt: ``input_values`` and ``input_values_cutoffs``, where there is sound.
+        mask: ``[N, T]`` or None.
+    """
+    values, cutoffs = prompt.get("input_values"), prompt.get("input_values_cutoffs")
+    if values is None or cutoffs is None or ids.ndim != 2 or len(ids) != 1 or len(cutoffs) != 1:
+        return []
+    if mask is not None and not bool((mask == 1).all()):
+        return []
+    cuts = [0, *(cut for cut in cutoffs[0].tolist() if cut >= 0)]
+    there = ids[0] == model.config.audio_token_id
+    edges = torch.nn.functional.pad(there.int(), (1, 1)).diff().nonzero()[:, 0].tolist()
+    runs = list(zip(edges[::2], edges[1::2]))
+    lengths = torch.tensor([b - a for a, b in zip(cuts, cuts[1:])], dtype=torch.long)
+    frames = model.codec_model.get_encoded_length(lengths).tolist() if len(lengths) else []
+    closed = [end < ids.shape[1] and int(ids[0, end]) == model.config.audio_eos_token_id for _, end in runs]
+    if [end - start for start, end in runs] != frames or not all(closed):
+        return []
+    return [Sound(start, end, values[0, :, a:b]) for (start, end), a, b in zip(runs, cuts, cuts[1:])]
+
+
+def codes_of(model: Any, sound: Sound) -> Tensor:
+    """``[F, K]`` int64 of a sound, encoded as the stock model encodes it."""
+    with torch.no_grad():
+        return model.codec_model.encode(sound.waveform[None]).audio_codes.transpose(1, -1)[0]
+
+
+def embedded_with(model: Any, ids: Tensor, codes: Sequence[Tensor]) -> Tensor:
+    """``[1, T, D]`` in the model's dtype, as the stock model merges text ``[1, T]`` and the codes ``[F, K]`` of its sounds."""
+    x = model.embed_text_tokens(ids)
+    if codes:
+        x[ids == model.config.audio_token_id] = model.backbone_model.embed_tokens(torch.cat(list(codes))[None])[0]
+    end = ids.new_full((1, 1, model.config.num_codebooks), model.config.codebook_eos_token_id)
+    x[ids == model.config.audio_eos_token_id] = model.backbone_model.embed_tokens(end)[0]
+    return x
 
 
 def embedded(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
