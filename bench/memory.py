@@ -93,22 +93,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="1b", choices=("1b", "small", "tiny"))
     parser.add_argument("--frames", type=int, default=20)
+    parser.add_argument("--positions", type=int, default=1024, help="of the KV buffer; 1024 are 80 s of speech and prompt")
     parser.add_argument("--packed-cache", type=Path)
     parser.add_argument("--map", action="store_true", help="leave the packed weights in the mapped file")
     parser.add_argument("--without", nargs="*", default=[], help="optimisations to leave out, such as 'huge pages'")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     result: dict[str, Any] = {"machine": machine(), "size": args.size, "goal_mb": GOAL_MB, "mb": {}}
+    result["positions"] = args.positions
     mb = result["mb"]
     mb["libraries"] = resident()
     model = build(args.size, torch.bfloat16)
     mb["loaded"] = resident()
     cache = {} if args.packed_cache is None else {"packed_cache": args.packed_cache, "map_packed": args.map}
     start = time.perf_counter()
+    options = {"mode": "native", "drop_originals": True, "progress": False, "without": args.without}
     with Peak() as peak:
-        accelerate(
-            model, precision=POLICY, mode="native", drop_originals=True, progress=False, without=args.without, **cache
-        )
+        accelerate(model, precision=POLICY, max_positions=args.positions, **options, **cache)
     mb["peak of accelerate()"] = {"all": peak.mb}
     mb["originals dropped"] = resident()
     handle = model.acceleration

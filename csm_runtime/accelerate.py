@@ -278,6 +278,8 @@ class Acceleration:
             voices_or_none = Voices(metrics=self.metrics, probe=self._voice_memory()) if voices else None
         else:
             voices_or_none = voices
+        self.metrics.watch("guard", self._guard_figures)
+        self.metrics.watch("memory", self.memory.status)
         self._prompts = Prompts(model, voices_or_none, self._prompt_mark, self.metrics)
         if voices_or_none is not None:
             self.metrics.watch("voices", voices_or_none.status)
@@ -452,7 +454,7 @@ class Acceleration:
     def _streaming(self, inputs: dict[str, Any], *how: Any) -> tuple[Channel, Callable[[], None]]:
         chunk_frames, ahead, watermark = how
         return stream_of(
-            lambda **arguments: self._model.generate(**arguments),
+            self._model.generate,
             inputs,
             codec=self._stream_codec,
             end_code=self._model.config.codebook_eos_token_id,
@@ -831,6 +833,13 @@ class Acceleration:
             tensors=evidence,
         )
 
+    def _spoken(self, frames: int, seconds: float) -> None:
+        """Count what a call has said, for the real-time factor."""
+        self.metrics.audio(frames / self._model.config.codec_config.frame_rate, seconds)
+
+    def _guard_figures(self) -> dict[str, Any]:
+        return {"rung": self.guard.rung, "trusted": self.guard.rung == FAST, "codec_trusted": self.guard.codec_trusted}
+
     def _sound(self, sequences: Tensor) -> list[Tensor]:
         """The samples of each row of ``[N, frames, codebooks]``, up to the end of its speech, as the stock loop makes them."""
         model = self._model
@@ -841,9 +850,11 @@ class Acceleration:
         if (self._codec.format, self._codec.batch_frames) != wanted:
             self._codec.use(format=wanted[0], batch_frames=wanted[1])
         self._codec_faults.clear()
+        start = time.perf_counter()
         try:
             return self._codec.decode(rows)
         finally:
+            self.metrics.observe("codec", time.perf_counter() - start)
             for what in self._codec_faults:
                 self._codec_fault(what, sequences)
 
@@ -880,6 +891,8 @@ class Acceleration:
             loop: the loop on a higher rung whose frames are kept, or None.
         """
         rows, rung = request.input_ids.shape[0], self.guard.rung
+        self.metrics.gauge("context.positions", request.input_ids.shape[1])
+        self.metrics.gauge("context.share", request.input_ids.shape[1] / self._spec.backbone.positions)
         size = bucket_for(rows)
         assert size is not None
         seat = self._seat(rung, size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -119,13 +120,18 @@ class FastGenerate:
                 return made
             depth_config = model.depth_decoder.generation_config
             before = dict(vars(depth_config))
-            handle._busy = True
-            loop = self._loop(seeds, arguments.get("streamer"))
+            handle._busy, start = True, time.perf_counter()
+            streamer = arguments.get("streamer")
+            loop = self._loop(seeds, streamer)
             try:
-                if not arguments.get("output_audio"):
-                    return stock(model, *args, custom_generate=loop, **kwargs)
-                made = stock(model, **{**arguments, "output_audio": False}, custom_generate=loop)
-                return hf_call.with_audio(made, handle._sound)
+                if arguments.get("output_audio"):
+                    made = stock(model, **{**arguments, "output_audio": False}, custom_generate=loop)
+                    out = hf_call.with_audio(made, handle._sound)
+                else:
+                    out = made = stock(model, *args, custom_generate=loop, **kwargs)
+                seconds = time.perf_counter() - start - getattr(streamer, "waited", 0.0)
+                handle._spoken(hf_call.spoken_frames(model, made, arguments.get("input_ids")), seconds)
+                return out
             except ValueError:
                 # The stock generate writes depth_decoder_* arguments into the model's own config before it checks them.
                 vars(depth_config).clear()

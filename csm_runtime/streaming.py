@@ -121,11 +121,6 @@ class RowSound:
         self.rate = int(codec.config.sampling_rate)
         self.ended = False
 
-    @property
-    def seconds(self) -> float:
-        """How long the chunks so far sound."""
-        return self._start / self.rate
-
     def add(self, codes: Tensor) -> AudioChunk | None:
         """Take a frame ``[K]`` int64; a chunk where it completes one.
 
@@ -395,6 +390,11 @@ class _Sink:
         self._prompt_seen = False
         self.rows: list[RowSound] = []
 
+    @property
+    def waited(self) -> float:
+        """Seconds that generation has waited for the listener."""
+        return self._channel.waited
+
     def put(self, value: Tensor) -> None:
         self._channel.check()
         if not self._prompt_seen:
@@ -437,7 +437,7 @@ def stream_of(
         chunk_frames: frames per chunk, see :func:`schedule_of`.
         ahead: see :class:`Channel`.
         watermark: called with each chunk's samples ``[S]`` fp32 and the rate; what it returns is what is heard.
-        metrics: where times, faults and the real-time factor go.
+        metrics: where times and faults go.
         yields: see :class:`Channel`.
 
     Raises:
@@ -462,8 +462,6 @@ def stream_of(
         sink = _Sink(rows_of, channel)
         try:
             generate(**arguments, streamer=sink)
-            sounded = sum(row.seconds for row in sink.rows)
-            metrics.audio(sounded, time.perf_counter() - started - channel.waited)
             channel.end()
         except StreamClosed:
             metrics.count("stream.closed")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from csm_models import AUDIO, AUDIO_EOS, FRAME_SAMPLES, audio_prompt, build, stock, text_prompt
+from csm_models import AUDIO, AUDIO_EOS, FRAME_SAMPLES, audio_prompt, build, code_prompt, stock, text_prompt
 from torch import Tensor
 
 from csm_runtime import accelerate
@@ -258,3 +258,16 @@ def test_a_stream_speaks_in_a_kept_voice(passed: list[int]) -> None:
     passed.clear()
     made = torch.cat([chunk.samples for chunk in model.acceleration.stream(**prompt, max_new_tokens=4, **GREEDY)])
     assert passed == [4] and float((made - wanted).abs().max()) <= 1e-4 * float(wanted.abs().max())
+
+
+def test_metrics_say_what_was_spoken() -> None:
+    model = speaking()
+    handle = model.acceleration
+    prompt = audio_prompt(model, [[3 * F]])
+    model.generate(**prompt, max_new_tokens=5, output_audio=True, **GREEDY)
+    model.generate(code_prompt(model, 1, 7), max_new_tokens=3, **GREEDY)
+    said = handle.metrics.snapshot()
+    assert said["audio"]["seconds"] == pytest.approx(8 * 0.08) and said["audio"]["spent_seconds"] > 0
+    assert said["latencies"]["codec"]["count"] == 1 and said["gauges"]["context.positions"] == 7
+    assert said["watched"]["guard"]["rung"] == "fast" and said["watched"]["voices"]["count"] == 1
+    assert "pressure" in said["watched"]["memory"]

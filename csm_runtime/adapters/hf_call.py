@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from csm_runtime.codec import cut_at_end
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -307,6 +309,15 @@ def frames_in(model: Any, made: Any) -> int:
         return int(sum(len(sound) for sound in made) / rate)
     sequences = made if isinstance(made, Tensor) else getattr(made, "sequences", None)
     return sequences.shape[0] * sequences.shape[1] if isinstance(sequences, Tensor) and sequences.ndim == 3 else 0
+
+
+def spoken_frames(model: Any, made: Any, prompt: Any) -> int:
+    """The same without what lies behind the end of a row's speech, and without a prompt of codes ``[N, T, K]``."""
+    before = prompt.shape[1] if isinstance(prompt, Tensor) and prompt.ndim == 3 else 0
+    sequences = made if isinstance(made, Tensor) else getattr(made, "sequences", None)
+    if not isinstance(sequences, Tensor) or sequences.ndim != 3:
+        return frames_in(model, made)
+    return sum(map(len, cut_at_end(sequences[:, before:], model.config.codebook_eos_token_id)))
 
 
 def with_audio(made: Any, sound: Callable[[Tensor], list[Tensor]]) -> Any:
