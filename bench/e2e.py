@@ -28,6 +28,7 @@ from csm_runtime import accelerate
 from csm_runtime.demo import FrameClock
 from csm_runtime.doctor import machine
 from csm_runtime.small_model import build_small_csm
+from csm_runtime.streaming import RowSound
 
 FRAME_MS = 80.0
 SIZES = {
@@ -151,6 +152,42 @@ def start_times(args: argparse.Namespace, precision: str) -> dict[str, float]:
     return seconds
 
 
+def first_audio(stock: Any, models: dict[str, Any], seconds: float, rounds: int) -> dict[str, dict[str, float]]:
+    """Milliseconds until the first 80 ms of sound, behind a reference of ``seconds``; medians, with the voice unknown and known."""
+    config, generator = stock.config, torch.Generator().manual_seed(2)
+    samples = int(seconds * 12.5) * 1920
+    frames = int(stock.codec_model.get_encoded_length(torch.tensor([samples])))
+    text = torch.randint(0, 1000, (60,), generator=generator).tolist()
+    ids = [*text[:40], *[config.audio_token_id] * frames, config.audio_eos_token_id, *text[40:]]
+    inputs = {
+        "input_ids": torch.tensor([ids]),
+        "input_values": torch.randn(1, 1, samples, generator=generator).to(stock.dtype),
+        "input_values_cutoffs": torch.tensor([[samples]]),
+    }
+    greedy = {"max_new_tokens": 1, "do_sample": False, "depth_decoder_do_sample": False}
+    times: dict[str, list[float]] = {}
+    add = RowSound.add
+    RowSound.add = lambda self, codes: add(self, codes.clamp(max=2047))  # random weights say more than the codec has
+    try:
+        for number in range(rounds + 1):
+            start = time.perf_counter()
+            codes = stock.generate(**inputs, **greedy)
+            with torch.no_grad():
+                stock.codec_model.decode(codes.clamp(max=2047).transpose(1, 2))
+            made = {"stock eager": time.perf_counter() - start}
+            for name, model in models.items():
+                model.acceleration.voices.clear()
+                for known in ("unknown", "known"):
+                    with model.acceleration.stream(**inputs, **greedy) as stream:
+                        made[f"{name}, voice {known}"] = next(stream).made_after
+            if number:  # the first round compiles
+                for name, value in made.items():
+                    times.setdefault(name, []).append(value * 1e3)
+    finally:
+        RowSound.add = add
+    return {name: {"ms": statistics.median(values)} for name, values in times.items()}
+
+
 def summary(variant: Variant, stock: Variant, bandwidth: float) -> dict[str, Any]:
     """Medians of one variant, and its ratio to stock in the same run."""
     frame = statistics.median(variant.frames)
@@ -206,6 +243,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--stock-frames", type=int, default=None, help="frames per run of stock eager, default --frames"
     )
+    parser.add_argument(
+        "--reference", type=float, default=10.0, help="seconds of the reference for the time to first audio, 0 to leave it out"
+    )
     parser.add_argument("--guard-only", action="store_true", help="leave out the runs without verification")
     parser.add_argument("--no-static", action="store_true", help="leave out stock's static cache and compile")
     parser.add_argument("--no-starts", action="store_true", help="leave out the cold and warm start of fresh processes")
@@ -245,12 +285,15 @@ def main(argv: list[str] | None = None) -> int:
             variant.run(ids, args.stock_frames or args.frames if variant is stock else args.frames)
             print(f"round {number + 1}, {variant.name}: {bandwidths[-1]:.1f} GB/s", file=sys.stderr, flush=True)
     bandwidth = statistics.median(bandwidths)
+    heard = {v.name: v.model for v in variants if hasattr(v.model, "acceleration") and v.verify}
+    first = first_audio(stock.model, heard, args.reference, args.rounds) if args.reference else {}
     rows = [summary(variant, stock, bandwidth) for variant in variants]
     result = {
         "machine": machine(),
         "settings": {k: v for k, v in vars(args).items() if k not in ("out", "start_only")},
         "streaming_gb_per_s": {"median": bandwidth, "min": min(bandwidths), "max": max(bandwidths)},
         "variants": rows,
+        "first_audio": first,
         "accelerate_seconds": starts,
         "resident_bytes": memory | {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024},
     }
@@ -316,6 +359,8 @@ def _show(result: dict[str, Any]) -> None:
         if row.get("guard", {}).get("verify"):
             guard, times = row["guard"], ", ".join(f"{k} {v:.0f}" for k, v in row["guard"]["check_ms"].items())
             print(f"{row['variant']}: checks took {guard['share_of_time']:.2%} of the time; ms per check: {times}")
+    for name, value in result["first_audio"].items():
+        print(f"first audio behind {result['settings']['reference']:.0f} s of reference, {name}: {value['ms']:.0f} ms")
     for precision, seconds in result["accelerate_seconds"].items():
         print(f"accelerate(precision={precision!r}): {seconds['cold']:.1f} s cold, {seconds['warm']:.1f} s warm")
 
