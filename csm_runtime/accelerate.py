@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import logging
 import os
 import time
@@ -29,7 +30,7 @@ from csm_runtime.ladder import Seat
 from csm_runtime.memory import CacheClearing, MemoryReading, cuda_probe, process_probe, source_of
 from csm_runtime.metrics import Metrics
 from csm_runtime.packed_store import PackedStore
-from csm_runtime.precision import PrecisionPolicy, resolve_policy
+from csm_runtime.precision import PrecisionPolicy, resolve_policy, zones_of
 from csm_runtime.prompts import Prompts
 from csm_runtime.report import Report
 from csm_runtime.rounding import Rounding, calibrate_rounding
@@ -173,7 +174,9 @@ def accelerate(
     if not isinstance(voices, (bool, Voices)):
         raise ValueError(f"voices must be True, False or a Voices, got {voices!r}")
     policy = resolve_policy(precision) if tuned is None else tuned.policy
-    handle = Acceleration(model, policy, max_positions, mode, progress, _guard_config(guard), left_out, voices)
+    handle = Acceleration(
+        model, policy, max_positions, mode, progress, _guard_config(guard), left_out, voices, drop_originals
+    )
     handle.tuned, handle.codec_batch_frames = tuned, codec_batch_frames
     if rounding == GPTQ:
         calls = None if isinstance(calibration, (str, Path)) else calibration
@@ -246,6 +249,7 @@ class Acceleration:
         guard: GuardConfig,
         without: frozenset[str] = frozenset(),
         voices: bool | Voices = True,
+        dropping: bool = False,
     ) -> None:
         self._spec = hf.read_spec(model)
         _check_plain(model)
@@ -260,6 +264,8 @@ class Acceleration:
         self._busy = False
         self._warm: set[int] = set()
         self._dropped = False
+        formats = map(policy.format_of, zones_of(self._spec.codebooks))
+        self._dropping = dropping and any(fmt != "keep" and fmt not in DTYPES for fmt in formats)
         self._huge_bytes = 0
         self.without = without
         self.codec_batch_frames = 0
@@ -501,6 +507,7 @@ class Acceleration:
             self._dropped = True
             self._seats.clear()
             self._passes = Passes(self._model, False, self.metrics)
+            gc.collect()  # compilers and tracebacks leave cycles: 2.9 GB of CSM-1B hung on one
             hugepages.give_back()
         else:
             self.notes.append(f"drop_originals had nothing to drop: precision {self.policy.name!r} quantises nothing")
@@ -555,7 +562,7 @@ class Acceleration:
             )
         self.memory.follow(source_of(device))
         # A stock layer whose weights were dropped computes from its copies in a way that is not worth compiling.
-        compiled = engine.mode not in ("eager", "kernels") and not self._dropped
+        compiled = engine.mode not in ("eager", "kernels") and not (self._dropped or self._dropping)
         compiled = compiled and "compiled prefill" not in self.without
         self._passes = Passes(self._model, compiled, self.metrics)
         self._note_unfused(engine)
