@@ -205,7 +205,9 @@ class _PackedEmbedding(_PackedForward):
         return dequantize(take_rows(self._packed[0], ids)).to(self._module.weight.dtype)
 
 
-def drop_originals(model: Any, copies: Mapping[str, QuantWeight], heads: Sequence[Tensor | QuantWeight]) -> list[str]:
+def drop_originals(
+    model: Any, copies: Mapping[str, QuantWeight], heads: Sequence[Tensor | QuantWeight] | None
+) -> list[str]:
     """Free every matrix and embedding that has a quantised copy; its module computes from the copy, widened when used.
 
     Casts (fp32, bf16, fp16) keep their originals. So do all depth heads while one of them is not quantised, stock has one
@@ -214,7 +216,7 @@ def drop_originals(model: Any, copies: Mapping[str, QuantWeight], heads: Sequenc
     Args:
         model: the model.
         copies: quantised copies by the names :class:`~csm_runtime.weights.PackedWeights` gives them.
-        heads: the depth decoder's heads as they are read, ``[V, D]``, by codebook.
+        heads: the depth decoder's heads as they are read, ``[V, D]``, by codebook; None leaves them alone.
 
     Returns:
         Names of the copies whose originals were freed.
@@ -235,8 +237,8 @@ def drop_originals(model: Any, copies: Mapping[str, QuantWeight], heads: Sequenc
         depth.register_parameter("where_weights_were", nn.Parameter(empty, False))
     for name in freed:
         free(modules[name], [copies[name]], _PackedEmbedding if name.endswith(".embedding") else _PackedLinear)
-    quantised = [head for head in heads if isinstance(head, QuantWeight)]
-    if len(quantised) == len(heads):
+    quantised = [head for head in heads or () if isinstance(head, QuantWeight)]
+    if heads is not None and len(quantised) == len(heads):
         free(depth.codebooks_head, quantised, _PackedHeads)
         freed += [name for name in copies if name.startswith("depth.head.")]
     return freed
