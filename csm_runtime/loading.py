@@ -190,10 +190,10 @@ class Loading:
     def _complete(self) -> None:
         self._compile_prefill()
         self._parts.wait("depth")
+        if self._handle.originals_dropped:
+            hugepages.give_back()  # what the threads' heaps still hold, before more is needed
         self._finish()
         self._parts.wait("codec")
-        if self._handle.originals_dropped:
-            hugepages.give_back()
         self._handle.install()
         self._done = True
 
@@ -234,8 +234,8 @@ class Loading:
         stock = type(model).generate
         rest = {name: value for name, value in kwargs.items() if name not in ("seed", "utterance_ids")}
         arguments = by_name(stock, model, args, rest)
-        if arguments.get("custom_generate") is not None:
-            return
+        if arguments.get("custom_generate") is not None or arguments.get("input_values") is not None:
+            return  # recordings want the codec, which comes last
         hf_checks.check_arguments(model, handle._spec, arguments)
 
         def loop(
@@ -250,8 +250,6 @@ class Loading:
                 request = hf_call.read_request(
                     model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs
                 )
-                if request.prompt["input_values"] is not None:
-                    self._parts.wait("codec")
                 none = input_ids.new_zeros(len(input_ids), 0, handle._spec.codebooks)
                 ahead.append(handle.prefill_ahead(*hf_call.prompt_with_frames(model, request, none)))
             raise _Prefilled

@@ -16,6 +16,7 @@ from csm_models import TRAINED, Recorder, assert_same_puts, audio_prompt, build,
 from safetensors.torch import load_file, save_file
 from transformers import CsmForConditionalGeneration
 
+from csm_kernels import cpu
 from csm_runtime import PrecisionPolicy, accelerate, loading, tensor_files
 from csm_runtime.accelerate import Acceleration
 from csm_runtime.adapters import hf, hf_loading, hf_passes
@@ -98,6 +99,15 @@ def test_speech_and_packed_weights_equal_those_of_accelerate(tmp_path: Path, nam
     assert_same_packed(got, want)
     assert torch.equal(speech(got), speech(want))
     assert got.acceleration.originals_dropped == (precision != "stock")
+
+
+@pytest.mark.skipif(cpu.why_not() is not None, reason=f"native kernels: {cpu.why_not()}")
+def test_native_frames(tmp_path: Path) -> None:
+    saved(tmp_path, "untied")
+    options = {**OPTIONS, "mode": "native", "precision": "int4"}
+    want = accelerate(load_model(str(tmp_path)), drop_originals=True, **options)
+    got = load(tmp_path, **options)
+    assert torch.equal(speech(got), speech(want))
 
 
 def assert_same_packed(got: Any, want: Any) -> None:
@@ -593,3 +603,11 @@ def test_packing_a_part_is_what_refresh_makes_of_it() -> None:
     _, stale = parts.refresh(live)
     assert stale == [] and parts._copies.keys() == whole._copies.keys()
     assert all(torch.equal(copy_.checksum, whole._copies[name].checksum) for name, copy_ in parts._copies.items())
+
+
+def test_progress_is_shown_in_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved(tmp_path)
+    capsys.readouterr()
+    load(tmp_path, **{**OPTIONS, "progress": True})
+    said = capsys.readouterr().err
+    assert "loading" in said and ("kB" in said or "MB" in said)
