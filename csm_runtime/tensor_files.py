@@ -1,8 +1,9 @@
 """Tensors of safetensors files, read one by one, and clear words for files that are not what they should be.
 
-The data are read into memory of their own, not mapped: what is mapped counts as resident while the file is open, which
-doubles the peak of a model that is loaded whole, and a file that is cut short meanwhile kills the process. The format is a
-length, a JSON header and the data (https://github.com/huggingface/safetensors).
+The data are read into memory of their own, not mapped: of a mapped file all pages that were touched count as resident while it
+is open, although what was packed from them is there as well; only memory of one's own can lie in huge pages; and a mapped
+file that is cut short meanwhile kills the process. The format is a length, a JSON header and the data
+(https://github.com/huggingface/safetensors).
 """
 
 from __future__ import annotations

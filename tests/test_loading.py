@@ -610,4 +610,4 @@ def test_progress_is_shown_in_bytes(tmp_path: Path, capsys: pytest.CaptureFixtur
     capsys.readouterr()
     load(tmp_path, **{**OPTIONS, "progress": True})
     said = capsys.readouterr().err
-    assert "loading" in said and ("kB" in said or "MB" in said)
+    assert "loading" in said and ("B/s" in said or "MB" in said)
