@@ -61,8 +61,8 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "auto", seed: in
 def prepare_inputs(model: Any, processor: Any, messages: list[dict[str, Any]]) -> dict[str, Any]:
     """Keyword arguments of ``generate`` for a conversation, on the model's device, audio in the codec's dtype."""
     inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True)
-    codec = next(model.codec_model.parameters())
-    return dict(inputs.to(codec.device, dtype=codec.dtype))
+    device = model.backbone_model.norm.weight.device  # the codec may still be loading
+    return dict(inputs.to(device, dtype=next(model.codec_model.parameters()).dtype))
 
 
 def usable_device(device: str) -> torch.device:

@@ -322,6 +322,7 @@ class _Plan:
         stored = stored_tensors(empty.files)
         self.stored = {empty.rename(key): tensor for key, tensor in stored.items()}
         self.wanted: dict[str, Tensor] = dict(empty.model.state_dict())
+        empty.model.codec_model.float()  # what it will be is known before it is there; values are those of the dtype above
         missing = [key for key in self.wanted if key not in self.stored]
         # As csm_runtime.checkpoints does: transformers 5.17 leaves the other one at random.
         self.tied = BACKBONE_TABLE in missing and bool(empty.model.config.tie_codebooks_embeddings)

@@ -21,7 +21,7 @@ from csm_runtime import PrecisionPolicy, accelerate, loading, tensor_files
 from csm_runtime.accelerate import Acceleration
 from csm_runtime.adapters import hf, hf_loading, hf_passes
 from csm_runtime.adapters.hf_passes import Passes
-from csm_runtime.checkpoints import load_model, load_processor
+from csm_runtime.checkpoints import load_model, load_processor, prepare_inputs
 from csm_runtime.loading import Loading, load
 from csm_runtime.precision import resolve_policy
 from csm_runtime.small_model import SmallProcessor, build_small_csm
@@ -232,17 +232,23 @@ def test_what_needs_the_whole_model_gets_it(tmp_path: Path) -> None:
         load(tmp_path, precision="auto", background=True, **OPTIONS)
 
 
-def test_the_processor_of_a_small_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("background", [False, True])
+def test_the_processor_of_a_small_model(tmp_path: Path, background: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: dict[str, Any] = dict(layers=1, hidden=256, depth_layers=1, depth_hidden=64, codebooks=4)
-    small = build_small_csm(1, **sizes)
+    small = build_small_csm(1, **sizes, dtype=torch.bfloat16)
     small.save_pretrained(tmp_path)
     SmallProcessor(small).save_pretrained(tmp_path)
-    model = load(tmp_path, **OPTIONS)
-    messages = [{"role": "0", "content": [{"type": "text", "text": "Hello."}]}]
-    inputs = load_processor(str(tmp_path), model).apply_chat_template(messages, tokenize=True, return_dict=True)
+    gate = Gate(monkeypatch, "codec_model.")
+    if not background:
+        gate.open.set()
+    model = load(tmp_path, background=background, **OPTIONS)
+    content = [{"type": "text", "text": "Hello."}, {"type": "audio", "path": torch.zeros(4000)}]
+    messages = [{"role": "0", "content": content}, {"role": "1", "content": content[:1]}]
+    inputs = prepare_inputs(model, load_processor(str(tmp_path), model), messages)  # before the codec is there
+    gate.open.set()
     options = dict(max_new_tokens=2, do_sample=False, depth_decoder_do_sample=False, output_audio=True)
-    got, want = model.generate(**inputs, **options), small.generate(**inputs, **options)
-    assert torch.equal(got[0], want[0])
+    want = load_model(str(tmp_path)).generate(**inputs, **options)
+    assert torch.equal(model.generate(**inputs, **options)[0], want[0])
 
 
 # ------------------------------------------------------------------------------------------------------------- memory
