@@ -153,7 +153,7 @@ def start_times(args: argparse.Namespace, precision: str) -> dict[str, float]:
 
 
 def first_audio(stock: Any, models: dict[str, Any], seconds: float, rounds: int) -> dict[str, dict[str, float]]:
-    """Milliseconds until the first 80 ms of sound, behind a reference of ``seconds``; medians, with the voice unknown and known."""
+    """Milliseconds until the first 80 ms of sound, behind a reference of ``seconds``, voice unknown and known; medians."""
     config, generator = stock.config, torch.Generator().manual_seed(2)
     samples = int(seconds * 12.5) * 1920
     frames = int(stock.codec_model.get_encoded_length(torch.tensor([samples])))
@@ -244,7 +244,10 @@ def main(argv: list[str] | None = None) -> int:
         "--stock-frames", type=int, default=None, help="frames per run of stock eager, default --frames"
     )
     parser.add_argument(
-        "--reference", type=float, default=10.0, help="seconds of the reference for the time to first audio, 0 to leave it out"
+        "--reference",
+        type=float,
+        default=10.0,
+        help="seconds of the reference for the time to first audio, 0 to leave it out",
     )
     parser.add_argument("--guard-only", action="store_true", help="leave out the runs without verification")
     parser.add_argument("--no-static", action="store_true", help="leave out stock's static cache and compile")

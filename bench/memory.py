@@ -93,7 +93,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="1b", choices=("1b", "small", "tiny"))
     parser.add_argument("--frames", type=int, default=20)
-    parser.add_argument("--positions", type=int, default=1024, help="of the KV buffer; 1024 are 80 s of speech and prompt")
+    parser.add_argument(
+        "--positions", type=int, default=1024, help="of the KV buffer; 1024 are 80 s of speech and prompt"
+    )
     parser.add_argument("--packed-cache", type=Path)
     parser.add_argument("--map", action="store_true", help="leave the packed weights in the mapped file")
     parser.add_argument("--without", nargs="*", default=[], help="optimisations to leave out, such as 'huge pages'")

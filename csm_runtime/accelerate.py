@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from csm_kernels.quant import QuantWeight
 from csm_runtime import compiling, hugepages, ladder, tuning
 from csm_runtime.adapters import hf, hf_call, hf_checks
 from csm_runtime.adapters.hf_passes import Passes
@@ -154,6 +155,113 @@ def accelerate(
         raise RuntimeError(
             "the original weights were dropped (drop_originals=True), nothing is left to pack; load it again"
         )
+    _check_arguments(codec_batch_frames, rounding, packed_cache, map_packed)
+    tuned = None
+    if precision == tuning.AUTO:
+        _left_out(without)
+        _check_plain(model)
+        tuned = tuning.resolve(model, calibration, progress)
+    elif calibration is not None and (rounding != GPTQ or isinstance(calibration, (str, Path))):
+        raise ValueError(
+            f"calibration is for precision='auto', or for rounding='gptq' if it is no path, got precision={precision!r} and "
+            f"rounding={rounding!r}"
+        )
+    policy = resolve_policy(precision) if tuned is None else tuned.policy
+    handle = Acceleration(
+        model,
+        policy,
+        max_positions,
+        mode,
+        progress,
+        _guard_config(guard),
+        _left_out(without),
+        _voices(voices),
+        dropping=drop_originals,
+    )
+    handle.tuned, handle.codec_batch_frames = tuned, codec_batch_frames
+    if rounding == GPTQ:
+        calls = None if isinstance(calibration, (str, Path)) else calibration
+        rounding = calibrate_rounding(model, policy, calls, progress=progress)
+    if isinstance(rounding, Rounding):
+        handle.round_with(rounding)
+    handle.set_up(buckets(batch_sizes), packed_cache, map_packed)
+    if isinstance(previous, Acceleration):
+        previous.restore()
+    if drop_originals:
+        handle.drop_originals()
+    handle.install()
+    return model
+
+
+def loading_handle(
+    model: Any,
+    policy: PrecisionPolicy,
+    *,
+    drop: bool | None,
+    max_positions: int | None = None,
+    batch_sizes: Sequence[int] = (1,),
+    mode: str = "auto",
+    progress: bool = True,
+    guard: bool | GuardConfig = True,
+    without: Sequence[str] = (),
+    codec_batch_frames: int = 0,
+    rounding: str | Rounding = "nearest",
+    packed_cache: str | os.PathLike[str] | None = None,
+    map_packed: bool = False,
+    voices: bool | Voices = True,
+) -> tuple[Acceleration, Callable[[], None]]:
+    """The first half of :func:`accelerate` for a model whose matrices are still to be read, and the second half.
+
+    Args:
+        model: a stock model; its norms, biases and buffers are there, other weights may be on the meta device.
+        policy: in force.
+        drop: whether :meth:`Acceleration.take` frees what it has packed into int8, fp8 or int4; None where there is any.
+        max_positions: this and all below as :func:`accelerate` has them; ``rounding`` not ``"gptq"``, which needs all weights.
+
+    Returns:
+        The handle, to whose :meth:`Acceleration.take` the matrices go as they arrive; and what packs the rest, warms up and
+        tests once backbone and depth decoder are complete. :meth:`Acceleration.install` comes last.
+
+    Raises:
+        ValueError: as :func:`accelerate`.
+    """
+    _check_arguments(codec_batch_frames, rounding, packed_cache, map_packed)
+    sizes = buckets(batch_sizes)
+    handle = Acceleration(
+        model,
+        policy,
+        max_positions,
+        mode,
+        progress,
+        _guard_config(guard),
+        _left_out(without),
+        _voices(voices),
+        loading=True,
+        dropping=drop is not False,
+    )
+    handle.codec_batch_frames = codec_batch_frames
+    if isinstance(rounding, Rounding):
+        handle.round_with(rounding)
+    frees = _frees(policy, handle._spec.codebooks)
+    if drop and not frees:
+        handle.note_nothing_to_drop()
+    handle.expect(frees and drop is not False, packed_cache, map_packed)
+
+    def finish() -> None:
+        _check_plain(model)
+        handle.set_up(sizes)
+
+    return handle, finish
+
+
+def _frees(policy: PrecisionPolicy, codebooks: int) -> bool:
+    """Whether dropping originals would free anything: see :func:`csm_runtime.adapters.hf.drop_originals`."""
+    quantised = {zone for zone in zones_of(codebooks) if policy.format_of(zone) not in ("keep", *DTYPES)}
+    heads = {f"depth.head.{k}" for k in range(1, codebooks)}
+    return heads <= quantised or bool(quantised - heads - {"kv", "codec"})
+
+
+def _check_arguments(codec_batch_frames: Any, rounding: Any, packed_cache: Any, map_packed: bool) -> None:
     if type(codec_batch_frames) is not int or codec_batch_frames < 0:
         raise ValueError(f"codec_batch_frames must be an integer of at least 0, got {codec_batch_frames!r}")
     if rounding not in ("nearest", GPTQ) and not isinstance(rounding, Rounding):
@@ -162,35 +270,6 @@ def accelerate(
         raise ValueError(f"packed_cache must be the path of a folder or None, got {packed_cache!r}")
     if map_packed and packed_cache is None:
         raise ValueError("map_packed=True maps the file of packed_cache, and packed_cache is None; name a folder")
-    tuned, left_out = None, _left_out(without)
-    if precision == tuning.AUTO:
-        _check_plain(model)
-        tuned = tuning.resolve(model, calibration, progress)
-    elif calibration is not None and (rounding != GPTQ or isinstance(calibration, (str, Path))):
-        raise ValueError(
-            f"calibration is for precision='auto', or for rounding='gptq' if it is no path, got precision={precision!r} and "
-            f"rounding={rounding!r}"
-        )
-    if not isinstance(voices, (bool, Voices)):
-        raise ValueError(f"voices must be True, False or a Voices, got {voices!r}")
-    policy = resolve_policy(precision) if tuned is None else tuned.policy
-    handle = Acceleration(
-        model, policy, max_positions, mode, progress, _guard_config(guard), left_out, voices, drop_originals
-    )
-    handle.tuned, handle.codec_batch_frames = tuned, codec_batch_frames
-    if rounding == GPTQ:
-        calls = None if isinstance(calibration, (str, Path)) else calibration
-        rounding = calibrate_rounding(model, policy, calls, progress=progress)
-    if isinstance(rounding, Rounding):
-        handle.round_with(rounding)
-    handle.set_up(_buckets(batch_sizes), packed_cache, map_packed)
-    if isinstance(previous, Acceleration):
-        previous.restore()
-    if drop_originals:
-        handle.drop_originals()
-    model.__dict__["acceleration"] = handle
-    model.__dict__["generate"] = FastGenerate(model, handle)
-    return model
 
 
 def _check_plain(model: Any) -> None:
@@ -207,6 +286,12 @@ def _left_out(without: Any) -> frozenset[str]:
     return frozenset(without)
 
 
+def _voices(voices: Any) -> bool | Voices:
+    if not isinstance(voices, (bool, Voices)):
+        raise ValueError(f"voices must be True, False or a Voices, got {voices!r}")
+    return voices
+
+
 def _guard_config(guard: Any) -> GuardConfig:
     if isinstance(guard, GuardConfig):
         return guard
@@ -215,7 +300,8 @@ def _guard_config(guard: Any) -> GuardConfig:
     return GuardConfig(verify=guard)
 
 
-def _buckets(batch_sizes: Any) -> tuple[int, ...]:
+def buckets(batch_sizes: Any) -> tuple[int, ...]:
+    """The buckets of some batch sizes. Raises ValueError for what is none."""
     if not isinstance(batch_sizes, Sequence) or not all(
         type(size) is int and size >= 1 and bucket_for(size) is not None for size in batch_sizes
     ):
@@ -249,10 +335,12 @@ class Acceleration:
         guard: GuardConfig,
         without: frozenset[str] = frozenset(),
         voices: bool | Voices = True,
+        loading: bool = False,
         dropping: bool = False,
     ) -> None:
         self._spec = hf.read_spec(model)
-        _check_plain(model)
+        if not loading:  # it would find weights on the meta device
+            _check_plain(model)
         if max_positions is not None and not (isinstance(max_positions, int) and max_positions > 1):
             raise ValueError(f"max_positions must be an integer above 1, got {max_positions!r}")
         self._model = model
@@ -264,8 +352,9 @@ class Acceleration:
         self._busy = False
         self._warm: set[int] = set()
         self._dropped = False
-        formats = map(policy.format_of, zones_of(self._spec.codebooks))
-        self._dropping = dropping and any(fmt != "keep" and fmt not in DTYPES for fmt in formats)
+        self._dropping = dropping and _frees(policy, self._spec.codebooks)
+        self._store: PackedStore | None = None
+        self._freed: list[str] = []
         self._huge_bytes = 0
         self.without = without
         self.codec_batch_frames = 0
@@ -296,20 +385,15 @@ class Acceleration:
     ) -> None:
         """Pack the weights or read them, compile for these batch sizes and test the result on itself."""
         start = time.perf_counter()
-        store = None
-        if packed_cache is not None:
-            with plain_mode():
-                live = hf.live_weights(self._model)
-                rounding = self._weights.rounding
-                store = PackedStore(packed_cache, self.policy, live, self.metrics, map_packed, rounding)
-                self._weights = store.load(self.policy)
-            self.metrics.setup_seconds["load_packed"] = time.perf_counter() - start
-        bar = compiling.Progress(self._matrix_count(), "packing weights", self._progress)
+        self._open_store(packed_cache, map_packed)
+        bar = compiling.Progress(self._matrix_count(), "packing weights", self._progress and not self._freed)
         with plain_mode():
             self._refresh(bar.advance)
         bar.close()
+        store, self._store = self._store, None
         if store is not None:
             store.save(self._weights)
+        self._weights.release_sources(self._freed)
         assert self._engine.packed is not None
         if "huge pages" not in self.without:
             self._huge_bytes = hugepages.collapse(matrices(self._engine.packed))
@@ -319,6 +403,63 @@ class Acceleration:
         if self.guard.config.verify and sizes:
             with plain_mode():
                 self._calibrate(FAST, self._fast_seat(), min(sizes))
+
+    def _open_store(self, folder: str | os.PathLike[str] | None, mapped: bool) -> None:
+        if folder is None:
+            return
+        start = time.perf_counter()
+        with plain_mode():
+            live, rounding = hf.live_weights(self._model), self._weights.rounding
+            self._store = PackedStore(folder, self.policy, live, self.metrics, mapped, rounding)
+            self._weights = self._store.load(self.policy)
+        self.metrics.setup_seconds["load_packed"] = time.perf_counter() - start
+
+    def expect(self, drop: bool, packed_cache: str | os.PathLike[str] | None, map_packed: bool) -> None:
+        """Get ready for :meth:`take`; ``drop`` where it frees what it has packed."""
+        if drop:
+            self._dropped = True
+            self._passes = Passes(self._model, False, self.metrics)
+        self._open_store(packed_cache, map_packed)
+
+    def take(self, names: Sequence[str]) -> None:
+        """Pack matrices whose weights have just been read, and free the stock ones where :meth:`expect` was told to.
+
+        Args:
+            names: as :class:`~csm_runtime.weights.PackedWeights` calls them, ``depth.head`` for all heads. Threads may call
+                this at once for different ones.
+
+        Raises:
+            ValueError: a weight cannot be stored in its zone's format.
+        """
+        with plain_mode():
+            live = hf.live_weights(self._model)
+            made = self._weights.pack(live, names)
+            if self._dropped:
+                bound = self._weights.depth_heads(live.depth_heads) if "depth.head" in names else None
+                heads = None if bound is None else [bound.one(k) for k in range(1, self._spec.codebooks)]
+                copies = {name: copy for name, copy in made.items() if isinstance(copy, QuantWeight)}
+                self._freed.extend(hf.drop_originals(self._model, copies, heads))
+
+    def warm_up_prefill(self, sizes: Sequence[int]) -> None:
+        """Compile the backbone's prefill, which needs no weights but the backbone's, ahead of :meth:`set_up`."""
+        with plain_mode(), compiling.remembered_isa_checks():
+            for size in sizes:
+                self._passes.warm_up(size)
+
+    def prefill_ahead(self, x: Tensor, mask: Tensor | None, positions: Tensor) -> Callable[[], None]:
+        """Run a prompt through the backbone now, for the call that comes with it; what is returned gives it up."""
+        with plain_mode():
+            self._passes.ahead(x, mask, positions)
+        return self._passes.forget_ahead
+
+    def wait(self, _: str | None = None) -> Acceleration:
+        """Everything is there: what :meth:`csm_runtime.loading.Loading.wait` is afterwards."""
+        return self
+
+    def install(self) -> None:
+        """Become ``model.acceleration``, and ``model.generate`` fast."""
+        self._model.__dict__["acceleration"] = self
+        self._model.__dict__["generate"] = FastGenerate(self._model, self)
 
     def round_with(self, rounding: Rounding) -> None:
         """Take calibrated codes for int4 matrices; :meth:`set_up` comes after."""
@@ -510,7 +651,11 @@ class Acceleration:
             gc.collect()  # compilers and tracebacks leave cycles: 2.9 GB of CSM-1B hung on one
             hugepages.give_back()
         else:
-            self.notes.append(f"drop_originals had nothing to drop: precision {self.policy.name!r} quantises nothing")
+            self.note_nothing_to_drop()
+
+    def note_nothing_to_drop(self) -> None:
+        """Say in the report that ``drop_originals`` was asked for in vain."""
+        self.notes.append(f"drop_originals had nothing to drop: precision {self.policy.name!r} quantises nothing")
 
     @property
     def voices(self) -> Voices | None:

@@ -36,8 +36,13 @@ def load(name: str, *, dtype: str = "auto", device: str = "auto", seed: int = 0)
         ValueError: an unknown name, a folder without a CSM or a processor, or an unknown dtype or device.
     """
     model = load_model(name, dtype=dtype, device=device, seed=seed)
+    return model, load_processor(name, model)
+
+
+def load_processor(name: str, model: Any) -> Any:
+    """What prepares the inputs of a model that is there already. Arguments and errors as :func:`load`."""
     own = name == SMALL or (Path(name) / MARKER).is_file()
-    return model, SmallProcessor(model) if own else _load_processor(name)
+    return SmallProcessor(model) if own else _load_processor(name)
 
 
 def load_model(name: str, *, dtype: str = "auto", device: str = "auto", seed: int = 0) -> Any:
@@ -45,7 +50,7 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "auto", seed: in
     need("transformers", "hf")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {tuple(DTYPES)}, got {dtype!r}")
-    where = _device(device)
+    where = usable_device(device)
     if name == SMALL:
         return build_small_csm(seed, dtype=DTYPES[dtype] or torch.float32).to(where)
     model = _load_model(name, DTYPES[dtype])
@@ -56,34 +61,41 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "auto", seed: in
 def prepare_inputs(model: Any, processor: Any, messages: list[dict[str, Any]]) -> dict[str, Any]:
     """Keyword arguments of ``generate`` for a conversation, on the model's device, audio in the codec's dtype."""
     inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True)
-    codec = next(model.codec_model.parameters())
-    return dict(inputs.to(codec.device, dtype=codec.dtype))
+    device = model.backbone_model.norm.weight.device  # the codec may still be loading
+    return dict(inputs.to(device, dtype=next(model.codec_model.parameters()).dtype))
 
 
-def _device(device: str) -> torch.device:
+def usable_device(device: str) -> torch.device:
+    """The device of that name, ``"auto"`` as :func:`load` has it. Raises ValueError for one that cannot be used."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         where = torch.device(device)
         torch.empty(0, device=where)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} cannot be used: {_first_line(error)}") from error
+        raise ValueError(f"device {device!r} cannot be used: {first_line(error)}") from error
     return where
+
+
+def check_name(name: str, *others: str) -> None:
+    """Raise ValueError for what is neither a folder nor looks like a hub id; ``others`` are to be named as well."""
+    folder = Path(name)
+    if not folder.is_dir() and (folder.is_absolute() or name.startswith(".") or name.count("/") != 1):
+        known = ", nor ".join([*map(repr, others), "a folder", "a hub id of the form owner/name"])
+        raise ValueError(f"model {name!r} is neither {known}")
 
 
 def _load_model(name: str, dtype: torch.dtype | None) -> Any:
     from transformers import AutoConfig, CsmForConditionalGeneration
 
-    folder = Path(name)
-    if not folder.is_dir() and (folder.is_absolute() or name.startswith(".") or name.count("/") != 1):
-        raise ValueError(f"model {name!r} is neither {SMALL!r}, nor a folder, nor a hub id of the form owner/name")
+    check_name(name, SMALL)
     try:
         config = AutoConfig.from_pretrained(name)
         if config.model_type != "csm":
             raise ValueError(f"model {name!r} is a {config.model_type!r}, not a 'csm'")
         model, info = CsmForConditionalGeneration.from_pretrained(name, dtype=dtype or "auto", output_loading_info=True)
     except OSError as error:
-        raise ValueError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
+        raise ValueError(f"model {name!r} cannot be loaded: {first_line(error)}") from error
     _fill_missing(name, model, set(info["missing_keys"]))
     return model
 
@@ -108,7 +120,7 @@ def _load_processor(name: str) -> Any:
         processor = AutoProcessor.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"model {name!r} has no processor that can be loaded ({_first_line(error)}); save a "
+            f"model {name!r} has no processor that can be loaded ({first_line(error)}); save a "
             "CsmProcessor there too, or a SmallProcessor for a model of build_small_csm()"
         ) from error
     if not isinstance(processor, CsmProcessor):
@@ -116,6 +128,7 @@ def _load_processor(name: str) -> Any:
     return processor
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Of an error's message; its type where there is none."""
     text = str(error).strip()
     return text.splitlines()[0].strip() if text else type(error).__name__

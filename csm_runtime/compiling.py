@@ -229,9 +229,12 @@ def _write_json(path: Path, data: dict[str, bool]) -> None:
 
 
 class Progress:
-    """A progress bar on stderr: tqdm's where it is installed, otherwise one line at the start and one at the end."""
+    """A progress bar on stderr: tqdm's where it is installed, otherwise one line at the start and one at the end.
 
-    def __init__(self, total: int, title: str, enabled: bool) -> None:
+    ``total`` counts parts, or bytes with ``in_bytes``.
+    """
+
+    def __init__(self, total: int, title: str, enabled: bool, in_bytes: bool = False) -> None:
         self._bar: Any = None
         self._title = title
         self._plain = False
@@ -240,16 +243,18 @@ class Progress:
         try:
             from tqdm.auto import tqdm
 
-            self._bar = tqdm(total=total, desc=title, leave=False, file=sys.stderr)
+            unit: dict[str, Any] = {"unit": "B", "unit_scale": True} if in_bytes else {}
+            self._bar = tqdm(total=total, desc=title, leave=False, file=sys.stderr, **unit)
         except ImportError:
             self._plain = True
-            print(f"{title} ({total} parts) ...", file=sys.stderr, flush=True)
+            size = f"{total / 1e6:.0f} MB" if in_bytes else f"{total} parts"
+            print(f"{title} ({size}) ...", file=sys.stderr, flush=True)
 
-    def advance(self, name: str) -> None:
-        """One part is done."""
+    def advance(self, name: str, amount: int = 1) -> None:
+        """One part, or some bytes, are done."""
         if self._bar is not None:
             self._bar.set_postfix_str(name, refresh=False)
-            self._bar.update(1)
+            self._bar.update(amount)
 
     def close(self) -> None:
         """Take the bar away."""

@@ -101,7 +101,7 @@ class FastGenerate:
         if kwargs.get("custom_generate", 0) is None:
             del kwargs["custom_generate"]
         stock = type(model).generate
-        arguments = _by_name(stock, model, args, kwargs)
+        arguments = by_name(stock, model, args, kwargs)
         with handle._lock:
             hf_checks.check_arguments(model, handle._spec, arguments)
             reason = handle._why_stock(arguments)
@@ -193,7 +193,7 @@ class FastGenerate:
         return (getattr, (self._model, "generate"))
 
 
-def _by_name(function: Any, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def by_name(function: Any, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call by name, those behind ``**kwargs`` included; what cannot be bound is left to the stock."""
     try:
         bound = inspect.signature(inspect.unwrap(function)).bind_partial(model, *args, **kwargs).arguments

@@ -12,7 +12,7 @@ import functools
 import itertools
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -261,7 +261,7 @@ def side_by_side(jobs: Mapping[str, Callable[[], _T]], threads: bool) -> Iterato
     if count < 2:
         yield from ((name, job()) for name, job in jobs.items())
         return
-    with _single_threaded_pool(count) as pool:
+    with single_threaded_pool(count) as pool:
         futures = {name: pool.submit(job) for name, job in jobs.items()}
         try:
             for name, future in futures.items():
@@ -270,7 +270,7 @@ def side_by_side(jobs: Mapping[str, Callable[[], _T]], threads: bool) -> Iterato
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _single_threaded_pool(count: int) -> ThreadPoolExecutor:
+def single_threaded_pool(count: int) -> ThreadPoolExecutor:
     """Workers whose own ops run in one thread; what PyTorch uses elsewhere is as before."""
     before, ready = torch.get_num_threads(), threading.Barrier(count + 1)
     pool = ThreadPoolExecutor(count, "csm-pack", torch.set_num_threads, (1,))
@@ -333,7 +333,7 @@ class PackedWeights:
             del asked["depth.embedding"]
         stale = self._make(asked, lambda name: None if name in banks else done(name))
         if tied:
-            self._copies["depth.embedding"] = replace(self._copies["backbone.embedding"], zones=("depth.embedding",))
+            self._tie()
         for name in wanted:
             if name not in asked:
                 done(name)
@@ -365,6 +365,38 @@ class PackedWeights:
             ),
             stale,
         )
+
+    def pack(self, weights: ModelWeights, names: Collection[str]) -> dict[str, Tensor | QuantWeight]:
+        """Make some of the copies that :meth:`refresh` would make, while other weights are not there yet.
+
+        Threads may call this at once for different names.
+
+        Args:
+            weights: live weights; those that are not named may be on the meta device.
+            names: of matrices, as ``advance`` of :meth:`refresh` gets them. What is read where it lies makes no copy. Tied
+                embeddings have to come together.
+
+        Returns:
+            The copies by name; banks of heads as in :meth:`quantized`.
+
+        Raises:
+            ValueError: a weight cannot be stored in its zone's format.
+        """
+        wanted = self._wanted(weights)
+        asked = {name: want for name in names if (want := wanted.get(name)) is not None}
+        if "depth.head" in names:
+            asked |= self._banks(weights.depth_heads)
+        tied = {"backbone.embedding", "depth.embedding"} <= asked.keys() and self._tied_embeddings(weights, wanted)
+        made = list(asked)
+        if tied:
+            del asked["depth.embedding"]
+        self._make(asked, lambda _: None)
+        if tied:
+            self._tie()
+        return {name: self._copies[name].packed for name in made}
+
+    def _tie(self) -> None:
+        self._copies["depth.embedding"] = replace(self._copies["backbone.embedding"], zones=("depth.embedding",))
 
     def _wanted(self, weights: ModelWeights) -> dict[str, _Want | None]:
         """What is to be a copy, by name; None for what is read where it lies. Without the heads."""
@@ -399,6 +431,10 @@ class PackedWeights:
 
             out[f"depth.head.{spans(books)}"] = _Want(self.policy.format_of(zones[0]), zones, live, stacked)
         return out
+
+    def depth_heads(self, live: Tensor) -> DepthHeads:
+        """The packed heads of the stock ``[codebooks - 1, D, V]``, of which only the shape counts here."""
+        return self._bound_heads(self._banks(live))
 
     def _bound_heads(self, banks: dict[str, _Want]) -> DepthHeads:
         places = {zone: (i, row) for i, want in enumerate(banks.values()) for row, zone in enumerate(want.zones)}

@@ -202,6 +202,7 @@ def test_only_accelerate_and_what_stands_on_it_import_the_engine_or_the_adapter(
         "decode_loop.py",
         "generate.py",
         "ladder.py",
+        "loading.py",
         "rollout.py",
         "rounding.py",
         "tuning.py",

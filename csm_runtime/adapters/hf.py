@@ -195,9 +195,24 @@ class _PackedForward:
         self._packed, self._module = packed, module
 
 
+_WIDENED = 2048
+"""Rows of a dropped matrix that are wide at once: all 8192 of CSM-1B's are 100 MB on the way to bf16."""
+
+
 class _PackedLinear(_PackedForward):
     def __call__(self, hidden: Tensor) -> Tensor:
-        return nn.functional.linear(hidden, widen(self._packed[0], hidden.dtype), self._module.bias)
+        packed, bias = self._packed[0], self._module.bias
+        rows = len(packed.data)
+        if rows <= _WIDENED:
+            return nn.functional.linear(hidden, widen(packed, hidden.dtype), bias)
+        out = hidden.new_empty(*hidden.shape[:-1], rows)
+        for first in range(0, rows, _WIDENED):
+            part = slice(first, first + _WIDENED)
+            some = packed._replace(data=packed.data[part], scale=packed.scale[part])
+            out[..., part] = nn.functional.linear(
+                hidden, widen(some, hidden.dtype), None if bias is None else bias[part]
+            )
+        return out
 
 
 class _PackedHeads(_PackedForward):
@@ -212,7 +227,9 @@ class _PackedEmbedding(_PackedForward):
         return dequantize(take_rows(self._packed[0], ids)).to(self._module.weight.dtype)
 
 
-def drop_originals(model: Any, copies: Mapping[str, QuantWeight], heads: Sequence[Tensor | QuantWeight]) -> list[str]:
+def drop_originals(
+    model: Any, copies: Mapping[str, QuantWeight], heads: Sequence[Tensor | QuantWeight] | None
+) -> list[str]:
     """Free every matrix and embedding that has a quantised copy; its module computes from the copy, widened when used.
 
     Casts (fp32, bf16, fp16) keep their originals. So do all depth heads while one of them is not quantised, stock has one
@@ -221,7 +238,7 @@ def drop_originals(model: Any, copies: Mapping[str, QuantWeight], heads: Sequenc
     Args:
         model: the model.
         copies: quantised copies by the names :class:`~csm_runtime.weights.PackedWeights` gives them.
-        heads: the depth decoder's heads as they are read, ``[V, D]``, by codebook.
+        heads: the depth decoder's heads as they are read, ``[V, D]``, by codebook; None leaves them alone.
 
     Returns:
         Names of the copies whose originals were freed.
@@ -242,8 +259,8 @@ def drop_originals(model: Any, copies: Mapping[str, QuantWeight], heads: Sequenc
         depth.register_parameter("where_weights_were", nn.Parameter(empty, False))
     for name in freed:
         free(modules[name], [copies[name]], _PackedEmbedding if name.endswith(".embedding") else _PackedLinear)
-    quantised = [head for head in heads if isinstance(head, QuantWeight)]
-    if len(quantised) == len(heads):
+    quantised = [head for head in heads or () if isinstance(head, QuantWeight)]
+    if heads is not None and len(quantised) == len(heads):
         free(depth.codebooks_head, quantised, _PackedHeads)
         freed += [name for name in copies if name.startswith("depth.head.")]
     return freed

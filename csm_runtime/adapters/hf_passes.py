@@ -73,6 +73,12 @@ def _own(tensor: Tensor) -> Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
+def _equal(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one.dtype == other.dtype and one.device == other.device and torch.equal(one, other)
+
+
 class Passes:
     """Parallel passes of one model, through compiled layers where that works and stock ones elsewhere.
 
@@ -89,6 +95,7 @@ class Passes:
         self._model, self._metrics = model, metrics
         self.replaced: Counter[str] = Counter()
         self._layer: Callable[..., Tensor] | None = None
+        self._ahead: tuple[tuple[Tensor, Tensor | None, Tensor], Prefilled] | None = None
         if compiled:
             self._layer = compiling.compile_pass(_layer_pass, self.replaced)
 
@@ -138,12 +145,23 @@ class Passes:
         Returns:
             Keys and values of all ``P + T`` positions.
         """
+        if self._ahead is not None and all(map(_equal, self._ahead[0], (x, mask, positions))):
+            made, self._ahead = self._ahead[1], None
+            return made
         backbone = self._model.backbone_model
         found = self._attempt(lambda layer: self._stack(layer, backbone, x, mask, positions, past))
         if found is None:
             return _stock_prefill(self._model, x, mask, positions, past)
         hidden, layers = found
         return Prefilled(layers, hidden[:, -1].float())
+
+    def ahead(self, x: Tensor, mask: Tensor | None, positions: Tensor) -> None:
+        """Run a prompt before it is asked for: :meth:`prefill` takes the result when that comes."""
+        self._ahead = (x, mask, positions), self.prefill(x, mask, positions)
+
+    def forget_ahead(self) -> None:
+        """Give up what :meth:`ahead` made and nobody asked for."""
+        self._ahead = None
 
     def codebook_logits(self, hidden: Tensor, codes: Tensor) -> Tensor:
         """Teacher-forced logits of the depth decoder: what each codebook is drawn from, given those before it.
