@@ -157,7 +157,7 @@ def first_audio(stock: Any, models: dict[str, Any], seconds: float, rounds: int)
     config, generator = stock.config, torch.Generator().manual_seed(2)
     samples = int(seconds * 12.5) * 1920
     frames = int(stock.codec_model.get_encoded_length(torch.tensor([samples])))
-    text = torch.randint(0, 1000, (60,), generator=generator).tolist()
+    text = torch.randint(0, 200, (60,), generator=generator).tolist()
     ids = [*text[:40], *[config.audio_token_id] * frames, config.audio_eos_token_id, *text[40:]]
     inputs = {
         "input_ids": torch.tensor([ids]),
@@ -166,14 +166,14 @@ def first_audio(stock: Any, models: dict[str, Any], seconds: float, rounds: int)
     }
     greedy = {"max_new_tokens": 1, "do_sample": False, "depth_decoder_do_sample": False}
     times: dict[str, list[float]] = {}
-    add = RowSound.add
-    RowSound.add = lambda self, codes: add(self, codes.clamp(max=2047))  # random weights say more than the codec has
+    add, most = RowSound.add, config.codec_config.codebook_size - 1
+    RowSound.add = lambda self, codes: add(self, codes.clamp(max=most))  # random weights say more than the codec has
     try:
         for number in range(rounds + 1):
             start = time.perf_counter()
             codes = stock.generate(**inputs, **greedy)
             with torch.no_grad():
-                stock.codec_model.decode(codes.clamp(max=2047).transpose(1, 2))
+                stock.codec_model.decode(codes.clamp(max=most).transpose(1, 2))
             made = {"stock eager": time.perf_counter() - start}
             for name, model in models.items():
                 model.acceleration.voices.clear()

@@ -20,7 +20,8 @@ ROOT = Path(__file__).parent.parent
 def test_e2e_on_the_tiny_size(tmp_path: Any) -> None:
     out = tmp_path / "result.json"
     command = [sys.executable, str(ROOT / "bench" / "e2e.py"), "--size", "tiny", "--frames", "4", "--rounds", "2"]
-    subprocess.run([*command, "--no-static", "--no-starts", "--out", str(out)], check=True, cwd=tmp_path)
+    command += ["--no-static", "--no-starts", "--reference", "2", "--out", str(out)]
+    subprocess.run(command, check=True, cwd=tmp_path)
     result = json.loads(out.read_text())
     stock, *ours = result["variants"]
     names = ["accelerated, stock", "accelerated, int8"]
@@ -38,6 +39,29 @@ def test_e2e_on_the_tiny_size(tmp_path: Any) -> None:
         # A native frame of this size takes a third of what the host does around it.
         assert row["ms_per_frame"] / 10 < row["backbone_ms"] + row["depth_ms"] < 1.5 * row["ms_per_frame"]
     assert stock["backbone_ms"] + stock["depth_ms"] == pytest.approx(stock["ms_per_frame"], rel=0.5)
+    heard = {f"{name}, voice {known}" for name in names for known in ("known", "unknown")}
+    assert set(result["first_audio"]) == {"stock eager", *heard}
+    assert all(value["ms"] > 0 for value in result["first_audio"].values())
+
+
+@pytest.mark.slow
+def test_streaming_on_the_tiny_size(tmp_path: Any) -> None:
+    out = tmp_path / "result.json"
+    command = [
+        sys.executable,
+        str(ROOT / "bench" / "streaming.py"),
+        "--size",
+        "tiny",
+        "--frames",
+        "8",
+        "--prompt",
+        "20",
+    ]
+    subprocess.run([*command, "--rounds", "1", "--chunks", "1", "4", "--json", str(out)], check=True, cwd=tmp_path)
+    rows = json.loads(out.read_text())["chunks"]
+    assert set(rows) == {"1", "4"}
+    for row in rows.values():
+        assert 0 < row["codec_ms_per_frame"] < row["ms_per_frame"]
 
 
 @pytest.fixture

@@ -195,19 +195,19 @@ class _PackedForward:
         self._packed, self._module = packed, module
 
 
-_WIDENED = 2048
-"""Rows of a dropped matrix that are wide at once: all 8192 of CSM-1B's are 100 MB on the way to bf16."""
+_WIDENED = 1 << 22
+"""Weights of a dropped matrix that are wide at once: all of CSM-1B's largest are 100 MB on the way to bf16."""
 
 
 class _PackedLinear(_PackedForward):
     def __call__(self, hidden: Tensor) -> Tensor:
         packed, bias = self._packed[0], self._module.bias
-        rows = len(packed.data)
-        if rows <= _WIDENED:
+        rows, some_rows = len(packed.data), max(1, _WIDENED // packed.width)
+        if rows <= some_rows:
             return nn.functional.linear(hidden, widen(packed, hidden.dtype), bias)
         out = hidden.new_empty(*hidden.shape[:-1], rows)
-        for first in range(0, rows, _WIDENED):
-            part = slice(first, first + _WIDENED)
+        for first in range(0, rows, some_rows):
+            part = slice(first, first + some_rows)
             some = packed._replace(data=packed.data[part], scale=packed.scale[part])
             out[..., part] = nn.functional.linear(
                 hidden, widen(some, hidden.dtype), None if bias is None else bias[part]
