@@ -319,6 +319,8 @@ class Batcher:
             return
         rung, stumbled = handle.guard.rung, None
         if rung == STOCK:
+            if self._runner is not None and self._runner.dropped:
+                self._disown()
             self._finish_on_stock(self._speaking()[0])
             return
         try:
@@ -346,7 +348,7 @@ class Batcher:
                     return
                 utterance = self._queue.popleft()
             self._join(utterance, row)
-            if not alone:
+            if not alone or self._rows[row] is None:  # the stock path has spoken it: others have waited long enough
                 return
 
     def _join(self, utterance: Utterance, row: int) -> None:
@@ -466,9 +468,7 @@ class Batcher:
                 self._load(seat, runner, *prompt)
 
         if going:
-            idle = torch.ones(state.rows, dtype=torch.bool)
-            idle[[one.row for one in going]] = False
-            state.park(idle.to(engine.device))
+            state.park()
             state.filled = max(one.length for one in going)
         engine.next_frame(runner, first=not going, between=load if prompts else None)
         for one in going:
@@ -580,6 +580,8 @@ class Batcher:
             self._roomed_at = self._frames
             self._handle.memory.make_room(breach.reason)
         else:
+            if breach.kind == "memory":
+                self._disown()  # what is given back must not be held here
             self._handle._lose_trust(breach, breach.first_bad, rows, evidence)
 
     def _speak_on_stock(self, utterance: Utterance) -> None:

@@ -41,6 +41,7 @@ class State:
 
     End of speech: ``ended`` ``[B]`` from the frame on whose first ``judged`` codes all are ``end_code``, ``[1]`` each; the
     frames after it are ``pad_code`` where ``pads``. ``faults`` ``[1]`` int32: the bits of :class:`Fault`, of all frames so far.
+    ``idle`` ``[B]``: rows that :meth:`vacate` has emptied.
     """
 
     def __init__(self, spec: ModelSpec, rows: int, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -69,6 +70,7 @@ class State:
         self.end_code, self.judged, self.pad_code = ints(1), ints(1), ints(1)
         self.pads = torch.zeros(1, dtype=torch.bool, device=device)
         self.faults = torch.zeros(1, dtype=torch.int32, device=device)
+        self.idle = torch.zeros(rows, dtype=torch.bool, device=device)
 
     def bytes(self) -> int:
         """Bytes held by the KV buffers."""
@@ -138,6 +140,7 @@ class State:
             The next free slot of the row.
         """
         first = torch.zeros(1, dtype=torch.int64, device=self.hidden.device)
+        self.idle[row] = False
         return self._take(slice(row, row + 1), first, layers, hidden, mask, positions, frames)
 
     def _take(
@@ -167,14 +170,14 @@ class State:
 
     def vacate(self, row: int) -> None:
         """Nobody speaks in a row any more: it goes on with pads from an empty cache, see :meth:`park`."""
-        self.ended[row] = True
+        self.ended[row] = self.idle[row] = True
         for target in (self.length, self.position, self.hidden, self.allowed):
             target[row].zero_()
 
-    def park(self, idle: Tensor) -> None:
-        """Keep rows that nobody speaks in, ``[B]`` bool, at the start of their cache, so that they never run over its end."""
-        self.length.masked_fill_(idle, 0)
-        self.position.masked_fill_(idle, 0)
+    def park(self) -> None:
+        """Keep vacated rows at the start of their cache, so that they never run over its end; before every frame."""
+        self.length.masked_fill_(self.idle, 0)
+        self.position.masked_fill_(self.idle, 0)
 
     def clear(self) -> None:
         """Forget everything, caches included: after a fault they may hold NaN, which a mask does not stop."""

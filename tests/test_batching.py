@@ -184,6 +184,21 @@ def test_joining_and_leaving_between_frames(model: Any, monkeypatch: pytest.Monk
         assert all(one.started_at < one.first_frame_at < one.ended_at < first.ended_at for one in joined)
 
 
+@pytest.mark.parametrize("mode", ["eager", "native"])
+def test_empty_slots_never_run_over_their_end(kept: Any, mode: str) -> None:
+    """More frames than a cache has positions, beside rows that nobody has ever spoken in, and one that was left."""
+    model = kept(mode)
+    call = {**text_prompt((5,)), **SAMPLED, "seed": 1, "max_new_tokens": 30}
+    wanted, faults = alone(model, call), model.acceleration.metrics.counters["faults"]
+    with model.acceleration.batcher(slots=3) as batcher:
+        batcher.submit(**{**call, "max_new_tokens": 9})
+        for _ in range(4):
+            assert torch.equal(batcher.submit(**call).result(SOON), wanted)
+        state = batcher._runner.state
+        assert int(state.length[3]) <= 1 and int(state.frame[3]) > state.capacity == 64
+    assert model.acceleration.metrics.counters["faults"] == faults
+
+
 def test_one_prompt_between_two_frames(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A long queue does not keep those waiting who speak; where nobody speaks, all slots are filled at once."""
     log: list[str] = []
