@@ -519,7 +519,7 @@ def test_a_fault_costs_no_token(monkeypatch: pytest.MonkeyPatch, kind: str, mode
 def test_a_breach_of_one_is_made_again(monkeypatch: pytest.MonkeyPatch, sound: bool) -> None:
     """One row's last codebook comes out wrong from some frame on: the guard finds it, and it is said right."""
     at, frames = 5, 48
-    model = make(config="eight_codebooks", guard=GuardConfig(budget=1e9))
+    model = make(guard=GuardConfig(budget=1e9))
     handle = model.acceleration
     call = {**GREEDY, "max_new_tokens": frames}
     wanted = [stock(model, **row(n), **call)[0] for n in range(3)]
@@ -530,7 +530,7 @@ def test_a_breach_of_one_is_made_again(monkeypatch: pytest.MonkeyPatch, sound: b
         emit(engine, runner)
         state = runner.state
         if handle.guard.rung == "fast" and int(state.frame[1]) >= at and slow.frames > 8:
-            state.codes[1, -1] = (state.codes[1, -1] + 3) % 19
+            state.codes[1, -1] = (state.codes[1, -1] + 3) % 32
 
     with handle.batcher(slots=3) as batcher:
         slow.frames = 0
@@ -622,10 +622,10 @@ def test_a_bug_in_the_batcher_is_told_to_all(model: Any, monkeypatch: pytest.Mon
 
 
 def test_the_stock_path_speaks_what_the_fast_one_does_not(model: Any) -> None:
-    call = {**text_prompt((4,)), **SAMPLED, "max_new_tokens": 5, "repetition_penalty": 1.3, "seed": 3}
+    call = {**text_prompt((4,)), **SAMPLED, "max_new_tokens": 5, "min_p": 0.2, "seed": 3}
     wanted = model.generate(**call)[0]
     other = {**text_prompt((5,)), **SAMPLED, "seed": 1, "max_new_tokens": 9}
-    with on_stock_path(model, "RepetitionPenalty"), model.acceleration.batcher(slots=2) as batcher:
+    with on_stock_path(model, "MinP"), model.acceleration.batcher(slots=2) as batcher:
         made = [batcher.submit(**other), batcher.submit(**call, sound=True), batcher.submit(**other)]
         assert torch.equal(made[1].result(SOON), wanted)
         assert sum(chunk.frames for chunk in made[1]) == 5
