@@ -427,7 +427,10 @@ class Batcher:
             try:
                 request = one.call.request
                 x, mask, positions = hf_call.prompt_with_frames(self._model, request, self._made(one))
-                out.append((one, seat.passes.prefill(x, mask, positions), mask, positions[:, -1]))
+                prompt = seat.passes.prefill(x, mask, positions)
+                if not bool(prompt.hidden.isfinite().all()):  # in the batch it would be everybody's fault
+                    raise ArithmeticError("the prompt's hidden state is NaN or infinite; look at input_values")
+                out.append((one, prompt, mask, positions[:, -1]))
             except Exception as error:
                 if is_out_of_memory(error):
                     raise

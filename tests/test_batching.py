@@ -576,6 +576,25 @@ def test_a_prompt_that_fails_is_one_callers(model: Any, monkeypatch: pytest.Monk
     assert tried and model.acceleration.guard.rung == "fast"
 
 
+def test_a_prompt_of_nan_is_one_callers(model: Any) -> None:
+    bad, faults = audio_prompt(model, [[3 * FRAME_SAMPLES]]), model.acceleration.metrics.counters["faults"]
+    call = {**text_prompt((5,)), **SAMPLED, "seed": 1, "max_new_tokens": 9}
+    wanted = alone(model, call)
+    embed = hf_call.prompt_embeddings
+
+    def poisoned(model: Any, request: Any) -> Tensor:
+        x = embed(model, request)
+        return x * float("nan") if request.prompt["input_values"] is not None else x
+
+    with pytest.MonkeyPatch.context() as patch, model.acceleration.batcher(slots=2) as batcher:
+        patch.setattr(hf_call, "prompt_embeddings", poisoned)
+        one, other = batcher.submit(**bad, **GREEDY, max_new_tokens=3), batcher.submit(**call)
+        with pytest.raises(ArithmeticError, match="hidden state is NaN"):
+            one.result(SOON)
+        assert torch.equal(other.result(SOON), wanted)
+    assert model.acceleration.guard.rung == "fast" and model.acceleration.metrics.counters["faults"] == faults
+
+
 def test_a_codec_that_fails_is_one_callers(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from csm_runtime.streaming import RowSound
 
@@ -813,6 +832,7 @@ def soak(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     assert seen["right"] > 0.8 * count and seen["cancelled"] > 0.01 * count
     assert 0 < seen["failed"] <= injected["prompt"], "a failure is one caller's"
     assert all(injected.values()), injected
+    print(seen, injected, marks, handle.metrics.snapshot()["counters"])
     counters = handle.metrics.counters
     assert counters["batch.joined"] == counters["batch.left"]
     assert counters["generate.stock"] == 0
