@@ -88,11 +88,11 @@ class Batcher:
     """Speaks several utterances at once, with slots that are filled again as soon as one is free.
 
     An utterance's codes are those of ``generate(seed=seed, utterance_ids=[utterance_id])`` on its inputs alone, whatever its
-    slot, its neighbours and the moment it joined; in fp32 to the bit of every code, in lower precision up to ties that another
-    batch size rounds otherwise. Utterances get their slots in the order they came. While others speak, one prompt goes
-    through the backbone between two frames, so that a long queue does not make them stutter. Each utterance is verified by
-    the guard as a call of its own, within one budget. What the fast path does not support is spoken by the stock model,
-    alone, while the others wait.
+    slot, its neighbours and the moment it joined: exactly so in fp32 and with the native CPU kernels, whose sums do not depend
+    on the batch size, elsewhere up to ties that another batch size rounds otherwise. Utterances get their slots in the order
+    they came. While others speak, one prompt goes through the backbone between two frames, so that a long queue does not make
+    them stutter. Each utterance is verified by the guard as a call of its own, within one budget. What the fast path does not
+    support is spoken by the stock model, alone, while the others wait.
 
     Use it as a context manager, or close it: its thread holds the model.
 

@@ -140,6 +140,17 @@ def test_codes_are_those_of_a_call_alone(kept: Any, mode: str, slots: int) -> No
         assert grown == {"frames": sum(map(len, wanted)), "faults": 0, "batch.joined": 8, "batch.left": 8}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_native_sums_do_not_depend_on_the_slots(dtype: torch.dtype) -> None:
+    model = build("eight_codebooks", dtype=dtype)
+    accelerate(model, mode="native", precision="int8", progress=False, without=("compiled prefill",))
+    several = [{**text_prompt((n,), seed=n), **SAMPLED, "seed": n, "max_new_tokens": FRAMES} for n in range(1, 9)]
+    wanted = [alone(model, call, n) for n, call in enumerate(several)]
+    with model.acceleration.batcher(slots=5) as batcher:
+        made = [batcher.submit(**call, utterance_id=n) for n, call in enumerate(several)]
+        assert all(torch.equal(one.result(SOON), wanted[n]) for n, one in enumerate(made))
+
+
 def test_greedy_codes_are_the_stock_models(model: Any) -> None:
     with model.acceleration.batcher(slots=3) as batcher:
         made = [batcher.submit(**row(n), **GREEDY, max_new_tokens=FRAMES) for n in range(3)]
