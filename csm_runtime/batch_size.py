@@ -80,7 +80,7 @@ def tune_batch_size(
     Args:
         model: an accelerated model.
         latency_ms: what a frame may take, 80 for real time.
-        sizes: batch sizes to measure, from 1, 2, 4, 8 and 16. Buffers of all of them are there at the same time.
+        sizes: batch sizes to measure, from 1, 2, 4, 8 and 16. Buffers of all of them are there while it measures.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -104,8 +104,13 @@ def tune_batch_size(
         if handle.guard.rung != FAST:
             raise RuntimeError(f"frames run on rung {handle.guard.rung!r}, {handle.guard.reason}; guard.rearm() first")
         handle._refresh()
-        context = min(_CONTEXT, handle.capacity // 2)
-        times = _measured(handle, wanted, context, progress)
+        context, ready = min(_CONTEXT, handle.capacity // 2), set(handle._warm)
+        try:
+            times = _measured(handle, wanted, context, progress)
+        finally:
+            for size in handle._warm - ready:  # all sizes together hold more memory than a batch ever will
+                handle._engine.drop(size)
+            handle._warm &= ready
     frame_ms = {size: 1e3 * statistics.median(values) for size, values in times.items()}
     fitting = [size for size in wanted if frame_ms[size] <= latency_ms]
     best = wanted[0]

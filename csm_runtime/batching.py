@@ -485,9 +485,6 @@ class Batcher:
                 if one.watch is not None:
                     one.watch.kept.append(samples[one.row])
             raise FrameFault(Fault(fault))
-        self._frames += 1
-        self._rates.append((time.perf_counter(), len(speaking)))
-        self._metrics.count("frames", len(speaking))
         self._deliver(speaking, codes, samples, ended)
         self._metrics.observe("batch.frame", time.perf_counter() - start)
 
@@ -505,25 +502,37 @@ class Batcher:
         return out
 
     def _deliver(self, speaking: list[_Speaking], codes: Tensor, samples: dict[int, Sample], ended: list[bool]) -> None:
-        """Hand each its frame, once the guard has seen it; those whose speech has ended leave."""
-        host, worst = codes.cpu(), None
+        """Hand each its frame, once the guard has seen those of all; those whose speech has ended leave."""
+        found: list[tuple[_Speaking, Breach]] = []
         for one in speaking:
-            index = len(one.frames)
             one.frames.append(codes[one.row : one.row + 1])
-            breach = None
             if one.watch is not None:
                 one.watch.share = 1 / len(speaking)
                 watch = one.watch
                 breach, one.watch = looked(watch, samples[one.row], one.frames, self._metrics)
                 if breach is not None:
-                    worst = worst or (breach, self._evidence(one, breach))
-                    # What a listener has got cannot be taken back.
-                    del one.frames[max(breach.first_bad, index if one.utterance.heard else 0) :]
-            if breach is None:
-                self._pass(one, host[one.row], ended[one.row])
-        if worst is not None:
-            self._handle._lose_trust(worst[0], worst[0].first_bad, len(speaking), worst[1])
-            self._unseat()
+                    found.append((one, breach))
+        if found:
+            self._take_back(speaking, found)
+            return
+        self._frames += 1
+        self._rates.append((time.perf_counter(), len(speaking)))
+        self._metrics.count("frames", len(speaking))
+        for one, frame in zip(speaking, codes.cpu()[[one.row for one in speaking]]):
+            self._pass(one, frame, ended[one.row])
+
+    def _take_back(self, speaking: list[_Speaking], found: list[tuple[_Speaking, Breach]]) -> None:
+        """After a breach: the same steps made everybody's frames at the same time, so as many are made again of all.
+
+        What a listener has got cannot be taken back: of those who are heard it is the latest frame alone.
+        """
+        one, breach = found[0]
+        evidence = self._evidence(one, breach)
+        doubtful = max(len(one.frames) - breach.first_bad for one, breach in found)
+        for one in speaking:
+            del one.frames[-1 if one.utterance.heard else -max(1, doubtful) :]
+        self._handle._lose_trust(breach, breach.first_bad, len(speaking), evidence)
+        self._unseat()
 
     def _pass(self, one: _Speaking, frame: Tensor, ended: bool) -> None:
         first = one.utterance.first_frame_at is None

@@ -336,6 +336,10 @@ class Engine:
             self._owned.remove(runner)
             self._runners.setdefault(runner.state.rows, runner)
 
+    def drop(self, rows: int) -> None:
+        """Let go of a bucket's steps and buffers, unless somebody owns them."""
+        self._runners.pop(bucket_for(rows) or 0, None)
+
     def _all(self) -> list[_Runner]:
         return [*self._runners.values(), *self._owned]
 

@@ -715,6 +715,9 @@ def test_tuning_leaves_calls_as_they_are(model: Any) -> None:
     wanted, frames = alone(model, call), model.acceleration.metrics.counters["frames"]
     found = tune_batch_size(model, sizes=(1, 2), progress=False)
     assert set(found.frame_ms) == {1, 2} and found.context == 32
+    before = (set(model.acceleration._warm), len(model.acceleration._engine._all()))
+    tune_batch_size(model, sizes=(16,), progress=False)
+    assert (set(model.acceleration._warm), len(model.acceleration._engine._all())) == before
     assert model.acceleration.metrics.counters["frames"] == frames
     assert torch.equal(alone(model, call), wanted)
 
