@@ -846,7 +846,6 @@ def soak(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     assert seen["right"] > 0.8 * count and seen["cancelled"] > 0.01 * count
     assert 0 < seen["failed"] <= injected["prompt"], "a failure is one caller's"
     assert all(injected.values()), injected
-    print(seen, injected, marks, handle.metrics.snapshot()["counters"])
     counters = handle.metrics.counters
     assert counters["batch.joined"] == counters["batch.left"]
     assert counters["generate.stock"] == 0
