@@ -11,7 +11,7 @@ import types
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -40,6 +40,9 @@ from csm_runtime.training import CsmTrainingConfig, accelerate_training
 from csm_runtime.voices import Profile, Voices, fingerprint_of
 from csm_runtime.weights import DTYPES, PackedWeights, fingerprint, matrices, zone_table
 
+if TYPE_CHECKING:
+    from csm_runtime.batching import Batcher
+
 logger = logging.getLogger("csm_runtime")
 
 _SAFER = {"graph": "library", "native": "compile"}
@@ -56,6 +59,8 @@ OPTIONAL = ("compiled prefill", "context trimming", "paired positions", "huge pa
 cached positions only, for contexts up to that. ``paired positions``: the first two positions of the depth decoder in one
 pass, which the fused and the native kernels do in any case."""
 
+DEFAULT_QUEUE = 64
+"""Utterances that may wait for a slot of a batcher."""
 DEFAULT_POSITIONS = 4096
 """Upper bound of the default KV capacity: a config may claim 131072 positions, which is 4 GB of cache per row."""
 
@@ -350,6 +355,7 @@ class Acceleration:
         self._weights = PackedWeights(policy)
         self._lock = Turns()
         self._busy = False
+        self._revision = 0
         self._warm: set[int] = set()
         self._dropped = False
         self._dropping = dropping and _frees(policy, self._spec.codebooks)
@@ -612,6 +618,34 @@ class Acceleration:
             yields=lambda: self._lock.waiting > 0,
         )
 
+    def batcher(
+        self,
+        *,
+        slots: int | None = None,
+        queue: int = DEFAULT_QUEUE,
+        chunk_frames: int | Sequence[int] = DEFAULT_SCHEDULE,
+    ) -> Batcher:
+        """Several utterances at once, which join and leave between frames: see :class:`~csm_runtime.batching.Batcher`.
+
+        Args:
+            slots: utterances that speak at once, at most 16; None for what
+                :func:`~csm_runtime.batch_size.tune_batch_size` found here, or 4.
+            queue: utterances that may wait for a slot.
+            chunk_frames: codec frames per chunk of those that are heard while they are made.
+
+        Raises:
+            ValueError: a bad argument.
+
+        Example::
+
+            with model.acceleration.batcher(slots=8) as batcher:
+                utterances = [batcher.submit(**inputs, seed=n) for n, inputs in enumerate(many)]
+                codes = [utterance.result() for utterance in utterances]
+        """
+        from csm_runtime.batching import Batcher
+
+        return Batcher(self._model, slots=slots, queue=queue, chunk_frames=chunk_frames)
+
     def _stream_codec(self) -> Any:
         """The codec as streams decode with it: in fp32 unless the policy says otherwise."""
         codec, wanted = self._model.codec_model, self.policy.format_of("codec")
@@ -646,6 +680,7 @@ class Acceleration:
         if freed:
             self._weights.release_sources(freed)
             self._dropped = True
+            self._revision += 1
             self._seats.clear()
             self._passes = Passes(self._model, False, self.metrics)
             gc.collect()  # compilers and tracebacks leave cycles: 2.9 GB of CSM-1B hung on one
@@ -748,8 +783,11 @@ class Acceleration:
             self.notes.append(_UNROUNDED)
             self.metrics.fault(_UNROUNDED)
             logger.warning("%s (%s)", _UNROUNDED, ", ".join(sorted(self._weights.unrounded)))
-        if self._engine.bind(packed):
+        dropped = self._engine.bind(packed)
+        if dropped:
             self._warm.clear()
+        if stale or dropped:
+            self._revision += 1
         self._note_unfused(self._engine)
 
     def _warm_up(self, size: int) -> None:
@@ -793,6 +831,7 @@ class Acceleration:
 
     def _forget_engine(self) -> None:
         """What was made for an engine that is no more."""
+        self._revision += 1
         self._warm.clear()
         self._seats.clear()
         self.guard.forget_floors()
@@ -829,6 +868,20 @@ class Acceleration:
             self._seats[rung] = ladder.build_seat(self._model, rung, self._fast_seat(), self._dropped, self.metrics)
         seat = self._seats[rung]
         seat.engine.bind(seat.weights.refresh(hf.live_weights(self._model))[0])
+        return seat
+
+    def _seat_in_force(self, size: int) -> Seat:
+        """The seat of the guard's rung for a batch size, its limits known where frames are verified.
+
+        Raises:
+            ArithmeticError: the frames of its calibration were not sound; the guard's rung is a lower one by now.
+        """
+        rung = self.guard.rung
+        seat = self._seat(rung, size)
+        if self.guard.config.verify and rung not in self.guard.floors and rung not in self.guard.unverifiable:
+            self._calibrate(rung, seat, size)
+            if self.guard.rung != rung:
+                raise ArithmeticError(self.guard.reason)
         return seat
 
     def _calibrate(self, rung: str, seat: Seat, size: int) -> None:
@@ -874,6 +927,18 @@ class Acceleration:
         if torch.is_autocast_enabled(self._engine.device.type):
             return "autocast"
         return None
+
+    def _reason_for_stock(self, arguments: dict[str, Any]) -> str | None:
+        """Bring the engine up to date with the model for a call; a reason to take the stock path instead, or None."""
+        reason = self._why_stock(arguments)
+        if reason is None:
+            try:
+                with plain_mode():
+                    self.memory.with_retry(self._refresh)
+            except Exception as error:  # no room for a copy, a weight that its format cannot hold
+                self._cannot_follow(error)
+                reason = self._why_stock(arguments)
+        return reason
 
     def _cannot_follow(self, error: Exception) -> None:
         """The weights could not be brought up to date: the stock path has them, and every later call until rearm()."""
@@ -948,13 +1013,18 @@ class Acceleration:
         breach, rows = loop.breach, len(loop.ended)
         assert breach is not None
         evidence = loop.evidence()
+        if breach.kind == "memory":
+            loop.runner = loop.watch = None
+        self._lose_trust(breach, len(loop.frames), rows, evidence)
+
+    def _lose_trust(self, breach: Breach, frame: int, rows: int, evidence: dict[str, Tensor]) -> None:
+        """Tell the guard, once what the breach makes doubtful has been let go of; the frames before ``frame`` stay."""
         if any(finding.check == "copies" for finding in breach.findings):
             self._weights.forget([f.measure for f in breach.findings if f.check == "copies"])
             self._seats.clear()  # they may share them
         if breach.kind == "memory":
-            loop.runner = loop.watch = None
             self._give_memory_back()
-        self._distrust(breach, len(loop.frames), rows, evidence)
+        self._distrust(breach, frame, rows, evidence)
 
     def _give_memory_back(self) -> None:
         """The buffers of every rung; those who need them again make new ones."""
@@ -1020,7 +1090,11 @@ class Acceleration:
 
     def _check_room(self, request: hf_call.Request) -> None:
         """Whether rows and positions fit. Raises ValueError or :class:`~csm_runtime.adapters.hf_call.Unsupported`."""
-        (rows, tokens), frames, capacity = request.input_ids.shape[:2], request.max_frames, self._engine.capacity
+        self._check_positions(request.input_ids.shape[0], request.input_ids.shape[1], request.max_frames)
+
+    def _check_positions(self, rows: int, tokens: int, frames: int) -> None:
+        """Likewise, of a prompt of so many positions."""
+        capacity = self._engine.capacity
         needed = tokens + frames - 1
         if bucket_for(rows) is None:
             raise hf_call.Unsupported(f"a batch of {rows} rows, more than {BUCKETS[-1]}")
@@ -1042,42 +1116,53 @@ class Acceleration:
             seeds: of its noise.
             loop: the loop on a higher rung whose frames are kept, or None.
         """
-        rows, rung = request.input_ids.shape[0], self.guard.rung
+        rows = request.input_ids.shape[0]
         self.metrics.gauge("context.positions", request.input_ids.shape[1])
         self.metrics.gauge("context.share", request.input_ids.shape[1] / self._spec.backbone.positions)
         size = bucket_for(rows)
         assert size is not None
-        seat = self._seat(rung, size)
-        if self.guard.config.verify and rung not in self.guard.floors and rung not in self.guard.unverifiable:
-            self._calibrate(rung, seat, size)
-            if self.guard.rung != rung:
-                raise ArithmeticError(self.guard.reason)
+        seat = self._seat_in_force(size)
         made = request.input_ids.new_zeros(rows, 0, self._spec.codebooks)
         if loop is not None and loop.frames:
             made = torch.stack(loop.frames, dim=1)
-        prompt = self._prompts.prefill(seat.passes, request, made, known=rung == FAST)
+        prompt = self._prompts.prefill(seat.passes, request, made, known=self.guard.rung == FAST)
         runner = seat.engine.prepare(rows)
         state, filled = runner.state, prompt.filled
         ended, last = None if loop is None else loop.ended, prompt.positions[:, -1].expand(rows)
         state.load_prompt(filled.layers, filled.hidden, prompt.mask, last, made.shape[1], ended)
         pad = request.pad_token if request.pads_finished_rows else None
         state.set_end(request.eos_token, self._spec.codebooks - 1, pad)
+        state.seed.zero_()
+        state.utterance.zero_()
+        self._set_drawing(runner, slice(None), slice(rows), request, seeds)
+        return seat.engine, runner, self._watch(seat, runner, request, made.shape[1])
+
+    def _set_drawing(self, runner: Any, sampled: slice, seeded: slice, request: hf_call.Request, seeds: Seeds) -> None:
+        """How some rows of a runner draw their codes, and the noise of those that are a call's."""
         for params, wanted, vocab in (
             (runner.params, request.backbone, self._spec.vocab),
             (runner.depth_params, request.depth, self._spec.depth_vocab),
         ):
-            params.do_sample.fill_(wanted.do_sample)
-            params.temperature.fill_(wanted.temperature)
-            params.top_k.fill_(wanted.top_k or vocab)
-            params.top_p.fill_(wanted.top_p)
+            params.do_sample[sampled].fill_(wanted.do_sample)
+            params.temperature[sampled].fill_(wanted.temperature)
+            params.top_k[sampled].fill_(wanted.top_k or vocab)
+            params.top_p[sampled].fill_(wanted.top_p)
+        state = runner.state
         for target, values in ((state.seed, seeds.seed), (state.utterance, seeds.utterance_ids)):
             assert values is not None, "fit() comes first"
-            target.zero_()
-            target[:rows].copy_(values)
+            target[seeded].copy_(values)
+
+    def _watch(
+        self, seat: Seat, runner: Any, request: hf_call.Request, first: int, row: int | None = None
+    ) -> Watch | None:
+        """The guard's eye on a call's frames from the ``first`` on: on the runner's first rows, or on the one given."""
+        rung = self.guard.rung
         if not self.guard.config.verify or rung not in self.guard.floors:
-            return seat.engine, runner, None
-        last = request.positions[:, -1].expand(rows)
-        length, first = request.input_ids.shape[1], made.shape[1]
+            return None
+        last = request.positions[:, -1].expand(request.input_ids.shape[0])
+        length = request.input_ids.shape[1]
         scene = ladder.scene(self._model, seat, runner, length, last, self._dropped, first)
+        if row is not None:
+            scene = ladder.of_row(scene, row)
         checks = Checks(ladder.replay_of(seat.engine, runner), scene, self.guard.floors[rung].ties)
-        return seat.engine, runner, Watch(self.guard, rung, checks, self.metrics, first=first)
+        return Watch(self.guard, rung, checks, self.metrics, first=first)

@@ -176,8 +176,8 @@ def remembered_isa_checks() -> Iterator[None]:
         yield
         return
     path = cache_dir() / "isa-checks.json"
-    machine = f"{torch.__version__} {sys.version} {_processor()}"
-    known = _read_json(path)
+    machine = f"{torch.__version__} {sys.version} {processor()}"
+    known = read_json(path)
 
     def check_build(self: Any, code: str) -> bool:
         flags = self._arch_flags
@@ -186,7 +186,7 @@ def remembered_isa_checks() -> Iterator[None]:
         key = hashlib.sha256(text.encode()).hexdigest()
         if key not in known:
             known[key] = bool(stock(self, code))
-            _write_json(path, known)
+            write_json(path, known)
         return known[key]
 
     with _patching:
@@ -198,7 +198,8 @@ def remembered_isa_checks() -> Iterator[None]:
             VecISA.check_build = stock
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The processor and what it can do, in words."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -210,7 +211,8 @@ def _processor() -> str:
     )
 
 
-def _read_json(path: Path) -> dict[str, bool]:
+def read_json(path: Path) -> dict[str, Any]:
+    """What :func:`write_json` wrote; nothing where there is no such file, or it is damaged."""
     try:
         data = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -218,14 +220,15 @@ def _read_json(path: Path) -> dict[str, bool]:
     return data if isinstance(data, dict) else {}
 
 
-def _write_json(path: Path, data: dict[str, bool]) -> None:
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Remember something between runs, where the folder can be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}.tmp")
         part.write_text(json.dumps(data))
         part.replace(path)
     except OSError as error:
-        logger.debug("cannot remember instruction-set checks in %s: %s", path, error)
+        logger.debug("nothing is remembered in %s: %s", path, error)
 
 
 class Progress:

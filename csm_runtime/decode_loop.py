@@ -266,7 +266,7 @@ class DecodeLoop:
             self.frames.append(frame.codes)
             self._ends.append(frame.ended)
             if self.watch is not None:
-                self.breach = self._looked(self.watch, sample)
+                self.breach, self.watch = looked(self.watch, sample, self.frames, self._metrics)
                 if self.breach is not None:
                     self._in_flight.clear()
                     self._evidence = self._gathered()
@@ -278,16 +278,18 @@ class DecodeLoop:
             if self._streamer is not None:
                 self._streamer.put(self._mailbox.codes(index))
 
-    def _looked(self, watch: Watch, sample: Sample | None) -> Breach | None:
-        """The guard's word on a frame; it never raises into generation, and is asked no more after it has."""
-        try:
-            return watch.look(sample, self.frames)
-        except Exception as error:
-            what = f"the guard failed: {type(error).__name__}: {error}"
-            if self._metrics.fault(what):
-                logger.warning(what, exc_info=True)
-            self.watch = None
-            return None
+
+def looked(
+    watch: Watch, sample: Sample | None, frames: list[Tensor], metrics: Metrics
+) -> tuple[Breach | None, Watch | None]:
+    """The guard's word on a frame, and who is asked next time: it never raises into generation, and is asked no more then."""
+    try:
+        return watch.look(sample, frames), watch
+    except Exception as error:
+        what = f"the guard failed: {type(error).__name__}: {error}"
+        if metrics.fault(what):
+            logger.warning(what, exc_info=True)
+        return None, None
 
 
 def breach_of(fault: Exception, frame: int, watch: Watch | None = None) -> Breach:

@@ -87,7 +87,12 @@ class Trace(NamedTuple):
 
 
 class _Runner:
-    """The steps and the state of one batch bucket."""
+    """The steps and the state of one batch bucket.
+
+    Attributes:
+        ready: whether it can run frames as it is: :meth:`Engine.make_ready` has been called since the weights were last moved.
+        dropped: whether the engine has let go of it; whoever owns it has to get another one.
+    """
 
     def __init__(self, steps: dict[str, Callable[..., Any]], ops: Ops, state: State, device: torch.device) -> None:
         self.embed = steps["embed"]
@@ -117,6 +122,9 @@ class _Runner:
         self.frame: fused.FusedFrame | native.NativeFrame | None = None
         self.graphs: tuple[graphs.FrameGraph, graphs.FrameGraph] | None = None
         self.released: torch.cuda.Event | None = None
+        self.steps = steps
+        self.ready = False
+        self.dropped = False
         self._logits: list[Tensor] = []
         self._buffers: list[Tensor] | None = None
         self._plain: _Runner | None = None
@@ -221,6 +229,7 @@ class Engine:
         self.rotary, self.depth_rotary = rotary
         self._fused = fused.FusedModel(spec, rotary) if mode in _FUSED and self.unfused is None else None
         self._runners: dict[int, _Runner] = {}
+        self._owned: list[_Runner] = []
         self._shape = _heads(spec.backbone)
         self._depth_shape = _heads(spec.depth)
         self._books = torch.tensor(list(range(spec.codebooks)), device=device)
@@ -239,11 +248,12 @@ class Engine:
             old, new = _leaves(self.packed), _leaves(packed)
             same_heads = self.packed.depth_heads.places == packed.depth_heads.places
             if not same_heads or [_layout(t) for t in old] != [_layout(t) for t in new]:
-                self._runners.clear()
+                self._drop_runners()
                 dropped = True
             elif [t.data_ptr() for t in old] != [t.data_ptr() for t in new]:
-                for runner in self._runners.values():
+                for runner in self._all():
                     runner.graphs = runner.frame = None
+                    runner.ready = False
                     runner.forget()
         self.packed = packed
         self._wait_for_dropped_frames()
@@ -255,8 +265,9 @@ class Engine:
         if reason is not None:
             self._fused, self.unfused = None, reason
         if self._fused is not None and self._repacked(self._fused, packed):
-            for runner in self._runners.values():
+            for runner in self._all():
                 runner.graphs = runner.frame = None
+                runner.ready = False
         return dropped
 
     def _without_native(self, reason: str | None) -> bool:
@@ -266,7 +277,7 @@ class Engine:
         if self._asked == "native":
             raise ValueError(f"mode 'native' runs the native CPU kernels, and {reason}; use 'auto'")
         self.mode, self.unfused = "compile", reason
-        self._runners.clear()
+        self._drop_runners()
         return True
 
     def _repacked(self, model: fused.FusedModel, packed: Packed) -> bool:
@@ -289,18 +300,54 @@ class Engine:
         if size is None:
             raise ValueError(f"batch of {rows} rows is larger than the largest bucket, {BUCKETS[-1]}")
         if size not in self._runners:
-            steps = _eager_steps(len(self._bound().depth_heads.banks))
-            if "paired positions" not in self.without and (self.mode != "compile" or size <= _PAIRED_ROWS):
-                steps["depth pair"] = depth_pair_step
-            trims = self.mode == "compile" and "context trimming" not in self.without
-            if trims and self.capacity >= 2 * _SHORT_WINDOW:
-                steps["short layer"] = layer_step
-            if self.mode == "compile":
-                steps = {name: compiling.compile_step(fn) for name, fn in steps.items()}
+            like = next((runner for runner in self._owned if runner.state.rows == size), None)
+            steps = self._steps(size) if like is None else like.steps
             ops = COMPILED_OPS if self.mode == "compile" else self._library_ops()
             state = State(self.spec, size, self.capacity, self.kv_dtype, self.device)
             self._runners[size] = _Runner(steps, ops, state, self.device)
         return self._runners[size]
+
+    def _steps(self, size: int) -> dict[str, Callable[..., Any]]:
+        """The steps of a bucket, compiled where they are to be; nothing of them belongs to one state."""
+        steps = _eager_steps(len(self._bound().depth_heads.banks))
+        if "paired positions" not in self.without and (self.mode != "compile" or size <= _PAIRED_ROWS):
+            steps["depth pair"] = depth_pair_step
+        trims = self.mode == "compile" and "context trimming" not in self.without
+        if trims and self.capacity >= 2 * _SHORT_WINDOW:
+            steps["short layer"] = layer_step
+        if self.mode == "compile":
+            steps = {name: compiling.compile_step(fn) for name, fn in steps.items()}
+        return steps
+
+    def own_runner(self, rows: int) -> _Runner:
+        """The runner of a bucket for one owner, whose state nobody else writes, until :meth:`disown`.
+
+        It is the one that was warmed up: a call that wants a runner of this bucket makes its own state, with the same steps.
+        """
+        runner = self.runner(rows)
+        del self._runners[runner.state.rows]
+        self._owned.append(runner)
+        return runner
+
+    def disown(self, runner: _Runner) -> None:
+        """Its owner wants it no more: the bucket has it back where it has made no other one."""
+        self.release(runner)
+        if runner in self._owned:
+            self._owned.remove(runner)
+            self._runners.setdefault(runner.state.rows, runner)
+
+    def drop(self, rows: int) -> None:
+        """Let go of a bucket's steps and buffers, unless somebody owns them."""
+        self._runners.pop(bucket_for(rows) or 0, None)
+
+    def _all(self) -> list[_Runner]:
+        return [*self._runners.values(), *self._owned]
+
+    def _drop_runners(self) -> None:
+        for runner in self._owned:
+            runner.dropped = True
+        self._runners.clear()
+        self._owned.clear()
 
     def _library_ops(self) -> Ops:
         """PyTorch's own ops, which round activations to the dtype of weights and cache where it is the model's own.
@@ -314,7 +361,7 @@ class Engine:
 
     def kv_bytes(self) -> int:
         """Bytes of all KV buffers made so far."""
-        return sum(runner.state.bytes() for runner in self._runners.values())
+        return sum(runner.state.bytes() for runner in self._all())
 
     def emit(self, runner: _Runner) -> None:
         """All codebooks of one frame, from ``state.hidden`` into ``state.codes``, and whether speech has ended."""
@@ -415,15 +462,29 @@ class Engine:
         state.position.add_(1)
         state.frame.add_(1)
 
-    def next_frame(self, runner: _Runner, first: bool) -> Tensor:
-        """Run one frame and return its codes, ``[B, codebooks]``, a buffer the next call overwrites."""
-        if runner.graphs is not None and not self.plain:
-            runner.graphs[0 if first else 1].replay()
+    def next_frame(self, runner: _Runner, first: bool, between: Callable[[], None] | None = None) -> Tensor:
+        """Run one frame and return its codes, ``[B, codebooks]``, a buffer the next call overwrites.
+
+        Args:
+            runner: of the batch.
+            first: whether ``state.hidden`` is that of prompts already, so that nothing is to be fed first.
+            between: called once all rows are one position further, before their codes are drawn: it may load prompts into
+                rows. Where frames are CUDA graphs, the first half is launched op by op then, and only the second half
+                replayed (not yet run on a GPU).
+        """
+        captured = runner.graphs if not self.plain else None
+        if captured is not None and between is None:
+            captured[0 if first else 1].replay()
             return runner.state.codes
         start = time.perf_counter()
         if not first:
             self.advance(runner)
+        if between is not None:
+            between()
         middle = time.perf_counter()
+        if captured is not None:
+            captured[0].replay()
+            return runner.state.codes
         self.emit(runner)
         end = time.perf_counter()
         if not first:
@@ -446,6 +507,11 @@ class Engine:
     def prepare(self, rows: int) -> _Runner:
         """The runner of a batch, its CUDA graphs captured. Overwrites the runner's state: load the prompt afterwards."""
         runner = self.runner(rows)
+        self.make_ready(runner)
+        return runner
+
+    def make_ready(self, runner: _Runner) -> None:
+        """What :meth:`prepare` does, for a runner that somebody owns."""
         self._wait_for_dropped_frames()
         if self.mode == "native" and runner.frame is None:
             made = (self._bound(), runner.state, (runner.params, runner.depth_params), runner.key)
@@ -469,12 +535,12 @@ class Engine:
             for failure in dict.fromkeys(graph.failure for graph in runner.graphs if graph.failure is not None):
                 if self.metrics.fault(f"CUDA graph capture failed: {failure}"):
                     logger.warning("CUDA graph capture failed, running the frame as launches: %s", failure)
-        return runner
+        runner.ready = True
 
     def free(self) -> None:
         """Let go of all buffers and graphs, after a lack of memory; the next :meth:`prepare` makes new ones."""
         self._wait_for_dropped_frames()
-        self._runners.clear()
+        self._drop_runners()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -485,7 +551,7 @@ class Engine:
 
     def _wait_for_dropped_frames(self) -> None:
         """Before their buffers or weights are written: the current stream waits for what a call has left running."""
-        for runner in self._runners.values():
+        for runner in self._all():
             if runner.released is not None:
                 torch.cuda.current_stream(self.device).wait_event(runner.released)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import threading
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,6 +67,15 @@ class Turns:
         self._lock, self._count = threading.RLock(), threading.Lock()
         self.waiting = 0
 
+    def give_way(self, seconds: float) -> None:
+        """Between two turns: let those who wait take theirs first, for so long at most.
+
+        Whoever lets go of a lock and asks for it again at once mostly gets it back before a thread that waits has woken up.
+        """
+        until = time.perf_counter() + seconds
+        while self.waiting and time.perf_counter() < until:
+            time.sleep(0.0002)
+
     def __enter__(self) -> None:
         if self._lock.acquire(blocking=False):
             return
@@ -104,17 +114,10 @@ class FastGenerate:
         arguments = by_name(stock, model, args, kwargs)
         with handle._lock:
             hf_checks.check_arguments(model, handle._spec, arguments)
-            reason = handle._why_stock(arguments)
-            if reason is None:
-                try:
-                    with plain_mode():
-                        handle.memory.with_retry(handle._refresh)
-                except Exception as error:  # no room for a copy, a weight that its format cannot hold
-                    handle._cannot_follow(error)
-                    reason = handle._why_stock(arguments)
+            reason = handle._reason_for_stock(arguments)
             if reason is not None:
                 handle._went_stock(reason)
-                made = _seeded(seeds, lambda: stock(model, *args, **kwargs))
+                made = seeded(seeds, lambda: stock(model, *args, **kwargs))
                 if handle.guard.rung == STOCK:
                     handle.guard.healthy(hf_call.frames_in(model, made))
                 return made
@@ -153,7 +156,7 @@ class FastGenerate:
             **model_kwargs: Any,
         ) -> Any:
             def rest(made: Tensor, ended: Tensor) -> Tensor:
-                return _seeded(
+                return seeded(
                     seeds,
                     lambda: hf_call.continue_on_stock(
                         model, request, made, ended, logits_processor, generation_config, streamer
@@ -169,7 +172,7 @@ class FastGenerate:
                     return hf_call.output(request, handle._run(request, seeds, streamer, rest))
             except hf_call.Unsupported as reason:
                 handle._went_stock(str(reason))
-                return _seeded(
+                return seeded(
                     seeds,
                     lambda: type(model)._sample(
                         model,
@@ -193,6 +196,59 @@ class FastGenerate:
         return (getattr, (self._model, "generate"))
 
 
+class Prepared(NamedTuple):
+    """A call as the stock ``generate`` has prepared it, up to its decode loop."""
+
+    request: hf_call.Request
+    processors: Any
+    config: Any
+    depth_config: dict[str, Any]
+    """The attributes that the depth decoder's generation config has in this call."""
+
+
+def prepared(model: Any, arguments: dict[str, Any]) -> Prepared:
+    """Have the stock ``generate`` prepare a call and make nothing of it; the model's configs are as before.
+
+    Args:
+        model: the stock model.
+        arguments: of ``generate``, without streamer and sound.
+
+    Raises:
+        Unsupported: :class:`~csm_runtime.adapters.hf_call.Unsupported`, the fast path does not do this.
+        Exception: what the stock ``generate`` refuses.
+    """
+    found: list[Prepared] = []
+    depth_config = model.depth_decoder.generation_config
+
+    def capture(
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **model_kwargs: Any,
+    ) -> Tensor:
+        args = (model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
+        request = hf_call.read_request(*args)
+        found.append(Prepared(request, logits_processor, generation_config, dict(vars(depth_config))))
+        return input_ids
+
+    with as_it_was(depth_config):
+        type(model).generate(model, **arguments, custom_generate=capture)
+    return found[0]
+
+
+@contextlib.contextmanager
+def as_it_was(config: Any) -> Iterator[None]:
+    """Take back what a block writes into a config: the stock ``generate`` leaves depth_decoder_* arguments in the model's."""
+    before = dict(vars(config))
+    try:
+        yield
+    finally:
+        vars(config).clear()
+        vars(config).update(before)
+
+
 def by_name(function: Any, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call by name, those behind ``**kwargs`` included; what cannot be bound is left to the stock."""
     try:
@@ -203,7 +259,7 @@ def by_name(function: Any, model: Any, args: tuple[Any, ...], kwargs: dict[str, 
     return {**named, **bound.get("kwargs", {})}
 
 
-def _seeded(seeds: Seeds, call: Callable[[], Any], made: int = 0) -> Any:
+def seeded(seeds: Seeds, call: Callable[[], Any], made: int = 0) -> Any:
     """Run a stock call; an explicit seed seeds torch's generators for it, and only for it.
 
     ``made`` frames of the utterance are there already: what is drawn for the next ones depends on the seed and on that.

@@ -520,6 +520,7 @@ class Watch:
         checks: run a check by name on samples, given all frames so far.
         metrics: where counts and times go.
         first: number of the first frame.
+        share: of the time between two frames that is this stretch's own, where several are made at once.
     """
 
     guard: Guard
@@ -527,6 +528,7 @@ class Watch:
     checks: Verifier
     metrics: Metrics
     first: int = 0
+    share: float = 1.0
     kept: deque[Any] = field(default_factory=lambda: deque(maxlen=_KEPT))
     _left: int = 0
     _chosen: int = 0
@@ -547,7 +549,7 @@ class Watch:
             codes: ``[N, codebooks]`` of all frames of the call up to this one.
         """
         now = time.perf_counter()
-        self.guard.earn(now - self._last)
+        self.guard.earn((now - self._last) * self.share)
         self.kept.append(sample)
         if self._left == 0:
             self._left, self._chosen = BLOCK, self.guard.draw()

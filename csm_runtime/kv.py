@@ -41,6 +41,7 @@ class State:
 
     End of speech: ``ended`` ``[B]`` from the frame on whose first ``judged`` codes all are ``end_code``, ``[1]`` each; the
     frames after it are ``pad_code`` where ``pads``. ``faults`` ``[1]`` int32: the bits of :class:`Fault`, of all frames so far.
+    ``idle`` ``[B]``: rows that :meth:`vacate` has emptied.
     """
 
     def __init__(self, spec: ModelSpec, rows: int, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -69,6 +70,7 @@ class State:
         self.end_code, self.judged, self.pad_code = ints(1), ints(1), ints(1)
         self.pads = torch.zeros(1, dtype=torch.bool, device=device)
         self.faults = torch.zeros(1, dtype=torch.int32, device=device)
+        self.idle = torch.zeros(rows, dtype=torch.bool, device=device)
 
     def bytes(self) -> int:
         """Bytes held by the KV buffers."""
@@ -107,19 +109,81 @@ class State:
             frames: how many of the prompt's last positions are frames of this utterance, made before.
             ended: ``[N]`` bool, rows whose speech has ended in them; None for none.
         """
-        count, _, tokens, _ = layers[0][0].shape
+        count = layers[0][0].shape[0]
         rows = torch.arange(self.rows, device=self.hidden.device)
         rows = torch.where(rows < count, rows, torch.zeros_like(rows))
-        for cache, source in zip(self.keys, (k for k, _ in layers)):
-            cache[:, :, :tokens].copy_(source[rows])
-        for cache, source in zip(self.values, (v for _, v in layers)):
-            cache[:, :, :tokens].copy_(source[rows])
-        self.hidden.copy_(hidden[rows])
-        self.filled = tokens
-        self.length.fill_(tokens)
-        self.position.copy_(positions[rows] + 1)
-        self.frame.fill_(frames)
-        self.ended.copy_(torch.zeros_like(self.ended) if ended is None else ended[rows])
+        self.filled = self._take(slice(None), rows, layers, hidden, mask, positions, frames)
+        if ended is not None:
+            self.ended.copy_(ended[rows])
         self.faults.zero_()
-        self.allowed.zero_()
-        self.allowed[:, :tokens] = True if mask is None else mask[rows].bool()
+
+    def load_row(
+        self,
+        row: int,
+        layers: list[tuple[Tensor, Tensor]],
+        hidden: Tensor,
+        mask: Tensor | None,
+        positions: Tensor,
+        frames: int = 0,
+    ) -> int:
+        """Take over one prefilled prompt into one row, whatever the others are at.
+
+        Args:
+            row: which.
+            layers: as :meth:`load_prompt` takes them, of one row.
+            hidden: ``[1, D]``.
+            mask: ``[1, T]`` or None.
+            positions: ``[1]``.
+            frames: likewise.
+
+        Returns:
+            The next free slot of the row.
+        """
+        first = torch.zeros(1, dtype=torch.int64, device=self.hidden.device)
+        self.idle[row] = False
+        return self._take(slice(row, row + 1), first, layers, hidden, mask, positions, frames)
+
+    def _take(
+        self,
+        into: slice,
+        rows: Tensor,
+        layers: list[tuple[Tensor, Tensor]],
+        hidden: Tensor,
+        mask: Tensor | None,
+        positions: Tensor,
+        frames: int,
+    ) -> int:
+        """``rows`` of a prompt into as many rows of the state; its length."""
+        tokens = layers[0][0].shape[2]
+        for cache, source in zip(self.keys, (k for k, _ in layers)):
+            cache[into, :, :tokens].copy_(source[rows])
+        for cache, source in zip(self.values, (v for _, v in layers)):
+            cache[into, :, :tokens].copy_(source[rows])
+        self.hidden[into].copy_(hidden[rows])
+        self.length[into].fill_(tokens)
+        self.position[into].copy_(positions[rows] + 1)
+        self.frame[into].fill_(frames)
+        self.ended[into].fill_(False)
+        self.allowed[into].zero_()
+        self.allowed[into, :tokens] = True if mask is None else mask[rows].bool()
+        return tokens
+
+    def vacate(self, row: int) -> None:
+        """Nobody speaks in a row any more: it goes on with pads from an empty cache, see :meth:`park`."""
+        self.ended[row] = self.idle[row] = True
+        for target in (self.length, self.position, self.hidden, self.allowed):
+            target[row].zero_()
+
+    def park(self) -> None:
+        """Keep vacated rows at the start of their cache, so that they never run over its end; before every frame."""
+        self.length.masked_fill_(self.idle, 0)
+        self.position.masked_fill_(self.idle, 0)
+
+    def clear(self) -> None:
+        """Forget everything, caches included: after a fault they may hold NaN, which a mask does not stop."""
+        for buffer in (self.all_keys, self.all_values, *self.depth_keys, *self.depth_values):
+            buffer.zero_()
+        for row in range(self.rows):
+            self.vacate(row)
+        self.faults.zero_()
+        self.filled = 0

@@ -8,11 +8,13 @@ stock model has them; ``stock``, the untouched model.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from csm_kernels.sampling import SamplingParams
 from csm_runtime.adapters import hf, hf_call
 from csm_runtime.adapters.hf_passes import Passes
 from csm_runtime.checks import Checks, Sample, Scene, scene_of
@@ -160,6 +162,21 @@ def scene(model: Any, seat: Seat, runner: Any, prompt: int, position: Tensor, dr
         params=(runner.params, runner.depth_params),
         seed=state.seed,
         utterance=state.utterance,
+    )
+
+
+def of_row(scene: Scene, row: int) -> Scene:
+    """The scene of one row alone, whose prompt and position it holds already; views of the same tensors."""
+    one = slice(row, row + 1)
+    first, others = (SamplingParams(*(value[one] for value in params)) for params in scene.params)
+    return replace(
+        scene,
+        keys=[layer[one] for layer in scene.keys],
+        values=[layer[one] for layer in scene.values],
+        allowed=scene.allowed[one],
+        params=(first, others),
+        seed=scene.seed[one],
+        utterance=scene.utterance[one],
     )
 
 

@@ -198,6 +198,8 @@ def test_only_accelerate_and_what_stands_on_it_import_the_engine_or_the_adapter(
     """
     allowed = {
         "accelerate.py",
+        "batch_size.py",
+        "batching.py",
         "calibration.py",
         "decode_loop.py",
         "generate.py",

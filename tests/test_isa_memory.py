@@ -57,7 +57,7 @@ def test_another_question_is_asked(asked: list[str], monkeypatch: pytest.MonkeyP
     ask(code="another probe")
     ask("avx10")
     assert len(asked) == 3
-    monkeypatch.setattr(compiling, "_processor", lambda: "another processor")
+    monkeypatch.setattr(compiling, "processor", lambda: "another processor")
     ask()
     assert len(asked) == 4
     monkeypatch.setattr(compiling.torch, "__version__", "99.0")
