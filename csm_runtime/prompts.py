@@ -105,12 +105,9 @@ class Prompts:
         model, ids, positions = self._model, request.input_ids, request.positions
         filled, profile = self._prefix(passes, ids, positions, sounds)
         end = hf_call.after(sounds[-1])
-        if profile is None or profile.positions < end:
-            try:
-                self._keep(filled, profile, ids, sounds, {}, False)
-            except ValueError as error:  # NaN above all; the guard has its own word on that
-                if self._metrics.fault(f"a voice could not be kept: {error}"):
-                    logger.warning("a voice could not be kept: %s", error)
+        known = profile is not None and profile.positions == end
+        if not known and bool(filled.hidden.isfinite().all()):  # what NaN means is for others to say
+            self._keep(filled, profile, ids, sounds, {}, False)
         x = hf_call.embedded_with(model, ids[:, end:], [])
         if made.shape[1]:
             x = torch.cat([x, model.backbone_model.embed_tokens(made)], dim=1)

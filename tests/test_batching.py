@@ -591,14 +591,13 @@ def test_a_prompt_of_nan_is_one_callers(model: Any) -> None:
     bad, faults = audio_prompt(model, [[3 * FRAME_SAMPLES]]), model.acceleration.metrics.counters["faults"]
     call = {**text_prompt((5,)), **SAMPLED, "seed": 1, "max_new_tokens": 9}
     wanted = alone(model, call)
-    embed = hf_call.prompt_embeddings
+    embed = hf_call.embedded_with
 
-    def poisoned(model: Any, request: Any) -> Tensor:
-        x = embed(model, request)
-        return x * float("nan") if request.prompt["input_values"] is not None else x
+    def poisoned(model: Any, ids: Tensor, codes: Any) -> Tensor:
+        return embed(model, ids, codes) * float("nan")
 
     with pytest.MonkeyPatch.context() as patch, model.acceleration.batcher(slots=2) as batcher:
-        patch.setattr(hf_call, "prompt_embeddings", poisoned)
+        patch.setattr(hf_call, "embedded_with", poisoned)
         one, other = batcher.submit(**bad, **GREEDY, max_new_tokens=3), batcher.submit(**call)
         with pytest.raises(ArithmeticError, match="hidden state is NaN"):
             one.result(SOON)

@@ -434,7 +434,7 @@ def test_a_fault_in_the_codec(monkeypatch: pytest.MonkeyPatch, kind: str) -> Non
     model = guarded(build(dtype=torch.bfloat16), precision=policy)
     codes = model.generate(**PROMPT, **GREEDY, max_new_tokens=8)
     wanted = model.codec_model.decode(codes.transpose(1, 2)).audio_values[0, 0]
-    call = codec._call
+    call = codec.decode_offline
 
     def broken(module: Any, codes: Tensor) -> Tensor:
         if module is model.codec_model:
@@ -443,7 +443,7 @@ def test_a_fault_in_the_codec(monkeypatch: pytest.MonkeyPatch, kind: str) -> Non
             raise RuntimeError("injected")
         return call(module, codes) * float("nan")
 
-    monkeypatch.setattr(codec, "_call", broken)
+    monkeypatch.setattr(codec, "decode_offline", broken)
     (sound,) = model.generate(**PROMPT, **GREEDY, max_new_tokens=8, output_audio=True)
     assert sound.dtype == torch.float32
     assert torch.equal(sound, wanted.float())
