@@ -8,6 +8,7 @@ import inspect
 import pickle
 import threading
 import types
+import weakref
 from typing import Any
 
 import pytest
@@ -28,7 +29,8 @@ from test_bad_input import LoraLinear
 from torch import nn
 
 from csm_kernels.quant import QuantWeight
-from csm_runtime import PrecisionPolicy, accelerate
+from csm_runtime import PrecisionPolicy, accelerate, compiling
+from csm_runtime.adapters import hf
 from csm_runtime.weights import fingerprint
 
 GREEDY = {"do_sample": False, "depth_decoder_do_sample": False, "max_new_tokens": 4}
@@ -518,6 +520,40 @@ def test_two_models_do_not_share_state(fast: Any) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ dropped originals
+
+
+def test_dropped_originals_are_gone_and_nothing_was_compiled_for_them(tmp_path: Any) -> None:
+    """Cycles that compilers and exceptions leave must not hold them until somebody collects."""
+    with pytest.MonkeyPatch.context() as patch:
+        compiled: list[Any] = []
+        patch.setattr(compiling, "compile_pass", lambda *args: compiled.append(args))
+        gc.disable()
+        try:
+            model = build()
+            kept = [weakref.ref(layer.mlp.up_proj.weight) for layer in model.backbone_model.layers]
+            knot: list[Any] = [model.backbone_model.layers[0].mlp.up_proj.weight]
+            knot.append(knot)
+            del knot
+            accelerate(model, precision="int8", drop_originals=True, progress=False, packed_cache=tmp_path)
+        finally:
+            gc.enable()
+        assert not compiled and all(weight() is None for weight in kept)
+        accelerate(build(), precision="stock", drop_originals=True, progress=False, guard=False)
+        assert compiled, "nothing is dropped there, and prompts are worth compiling for"
+
+
+def test_wide_matrices_of_dropped_originals_are_widened_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = accelerate(
+        build("biases"), precision="int8", drop_originals=True, progress=False, mode="eager", guard=False
+    )
+    wanted = stock(model, **PROMPT, **GREEDY)
+    sizes: list[int] = []
+    widen = hf.widen
+    monkeypatch.setattr(hf, "_WIDENED", 100)
+    monkeypatch.setattr(hf, "widen", lambda packed, dtype: sizes.append(packed.data.numel()) or widen(packed, dtype))
+    assert torch.equal(stock(model, **PROMPT, **GREEDY), wanted)
+    linear = [size for size in sizes if size <= 100]
+    assert len(linear) > 50 and max(linear) > 32
 
 
 def test_dropped_originals(fast: Any) -> None:
