@@ -526,6 +526,7 @@ def test_dropped_originals_are_gone_and_nothing_was_compiled_for_them(tmp_path: 
     """Cycles that compilers and exceptions leave must not hold them until somebody collects."""
     with pytest.MonkeyPatch.context() as patch:
         compiled: list[Any] = []
+        accelerate(build(), precision="int8", progress=False, packed_cache=tmp_path, guard=False, mode="eager")
         patch.setattr(compiling, "compile_pass", lambda *args: compiled.append(args))
         gc.disable()
         try:
@@ -533,6 +534,7 @@ def test_dropped_originals_are_gone_and_nothing_was_compiled_for_them(tmp_path: 
             kept = [weakref.ref(layer.mlp.up_proj.weight) for layer in model.backbone_model.layers]
             knot: list[Any] = [model.backbone_model.layers[0].mlp.up_proj.weight]
             knot.append(knot)
+            gc.collect()  # it is old then, as those are that nobody collects for a while
             del knot
             accelerate(model, precision="int8", drop_originals=True, progress=False, packed_cache=tmp_path)
         finally:
