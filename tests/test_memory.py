@@ -699,9 +699,9 @@ def test_the_readings_of_this_process_make_sense() -> None:
     not sys.platform.startswith("linux") or not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33"
 )
 def test_what_malloc_holds_free() -> None:
-    before = memory._malloc_free()
     blocks = [bytearray(60_000) for _ in range(400)]  # below the size from which malloc maps memory of its own
     keep = blocks[1::2]
+    before = memory._malloc_free()
     del blocks
     assert memory._malloc_free() - before > 5_000_000
     del keep
