@@ -395,6 +395,10 @@ CALLS = 4
 """Calls in a row per timing on a CPU, as in a frame."""
 
 
+_REST = 0.02
+"""Seconds before each timing on a CPU: PyTorch's threads spin for milliseconds after a call, beside whoever comes next."""
+
+
 def _once(function: Callable[[], Any]) -> float:
     """Seconds of one call: by CUDA events on a cold L2, or by the wall clock."""
     if ON_GPU:
@@ -428,6 +432,8 @@ def test_speed(case: Case, benchmark: Any) -> None:
             names, first = list(made), next(turns)
             for i in range(len(names)):
                 name = names[(first + i) % len(names)]
+                if not ON_GPU:
+                    time.sleep(_REST)
                 made[name]()
                 times[name].append(_once(made[name]))
 
