@@ -8,7 +8,6 @@ before the thread takes the next, so that the model never exists in full precisi
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import json
@@ -30,7 +29,7 @@ from csm_runtime.adapters.hf_loading import BACKBONE_TABLE, DEPTH_TABLE
 from csm_runtime.checkpoints import DTYPES, check_name, first_line, usable_device
 from csm_runtime.compiling import Progress
 from csm_runtime.extras import need
-from csm_runtime.generate import by_name, plain_mode
+from csm_runtime.generate import by_name, plain_mode, prepared
 from csm_runtime.precision import PrecisionPolicy, resolve_policy
 from csm_runtime.tensor_files import stored_tensors
 from csm_runtime.tuning import AUTO
@@ -213,50 +212,30 @@ class Loading:
 
         It is only ahead of what the call itself does: what is wrong with its arguments is for that to say.
         """
-        model, ahead = self._model, [lambda: None]
-        before = dict(vars(model.depth_decoder.generation_config))
+        ahead = None
         try:
             with self._lock:
                 if not self._done:
                     self._compile_prefill()
-                    self._look_ahead(args, kwargs, ahead)
+                    ahead = self._look_ahead(args, kwargs)
         except Exception as error:
             logger.debug("the first prompt is not prefilled ahead: %s: %s", type(error).__name__, error)
-        finally:
-            # The stock generate writes depth_decoder_* arguments into the model's own config.
-            vars(model.depth_decoder.generation_config).clear()
-            vars(model.depth_decoder.generation_config).update(before)
-        return ahead[-1]
+        return ahead or (lambda: None)
 
-    def _look_ahead(self, args: tuple[Any, ...], kwargs: dict[str, Any], ahead: list[Callable[[], None]]) -> None:
-        """Let the stock ``generate`` prepare its call, up to its loop."""
+    def _look_ahead(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], None] | None:
+        """Prefill a call's prompt; None where it has recordings, which want the codec, which comes last."""
         model, handle = self._model, self._handle
-        stock = type(model).generate
         rest = {name: value for name, value in kwargs.items() if name not in ("seed", "utterance_ids")}
-        arguments = by_name(stock, model, args, rest)
+        arguments = by_name(type(model).generate, model, args, rest)
         if arguments.get("custom_generate") is not None or arguments.get("input_values") is not None:
-            return  # recordings want the codec, which comes last
+            return None
         hf_checks.check_arguments(model, handle._spec, arguments)
-
-        def loop(
-            _: Any,
-            input_ids: Tensor,
-            logits_processor: Any,
-            stopping_criteria: Any,
-            generation_config: Any,
-            **model_kwargs: Any,
-        ) -> Any:
-            with plain_mode():
-                request = hf_call.read_request(
-                    model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs
-                )
-                none = input_ids.new_zeros(len(input_ids), 0, handle._spec.codebooks)
-                ahead.append(handle.prefill_ahead(*hf_call.prompt_with_frames(model, request, none)))
-            raise _Prefilled
-
-        with contextlib.suppress(_Prefilled):
-            # Neither sound nor a streamer, which would get the prompt twice.
-            stock(model, **{**arguments, "output_audio": False, "streamer": None, "custom_generate": loop})
+        for name in ("custom_generate", "streamer", "output_audio"):  # a streamer would get the prompt twice
+            arguments.pop(name, None)
+        with plain_mode():
+            request = prepared(model, arguments).request
+            none = request.input_ids.new_zeros(len(request.input_ids), 0, handle._spec.codebooks)
+            return handle.prefill_ahead(*hf_call.prompt_with_frames(model, request, none))
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # what Python itself asks for
@@ -272,10 +251,6 @@ class Loading:
         raise RuntimeError(
             "the model is still being loaded: model.acceleration.wait() comes before copying or pickling it"
         )
-
-
-class _Prefilled(Exception):
-    """The stock ``generate`` has prepared a call, and no more is wanted of it."""
 
 
 class _FirstGenerate:

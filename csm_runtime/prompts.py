@@ -94,8 +94,9 @@ class Prompts:
                 "text that is to be spoken"
             )
         positions = torch.arange(end, device=ids.device)[None]
-        found, profile = self._prefix(passes, ids, positions, sounds)
-        return self._keep(found, profile, ids, sounds, meta, pinned)
+        mark = self._fingerprint()
+        found, profile = self._prefix(passes, ids, positions, sounds, mark)
+        return self._keep(found, profile, ids, sounds, mark, meta, pinned)
 
     # ------------------------------------------------------------------------------------------------------ inside
 
@@ -103,11 +104,12 @@ class Prompts:
         self, passes: Passes, request: hf_call.Request, made: Tensor, sounds: list[hf_call.Sound]
     ) -> Prompt:
         model, ids, positions = self._model, request.input_ids, request.positions
-        filled, profile = self._prefix(passes, ids, positions, sounds)
+        mark = self._fingerprint()
+        filled, profile = self._prefix(passes, ids, positions, sounds, mark)
         end = hf_call.after(sounds[-1])
         known = profile is not None and profile.positions == end
         if not known and bool(filled.hidden.isfinite().all()):  # what NaN means is for others to say
-            self._keep(filled, profile, ids, sounds, {}, False)
+            self._keep(filled, profile, ids, sounds, mark, {}, False)
         x = hf_call.embedded_with(model, ids[:, end:], [])
         if made.shape[1]:
             x = torch.cat([x, model.backbone_model.embed_tokens(made)], dim=1)
@@ -118,11 +120,11 @@ class Prompts:
         return Prompt(filled, None, positions)
 
     def _prefix(
-        self, passes: Passes, ids: Tensor, positions: Tensor, sounds: list[hf_call.Sound]
+        self, passes: Passes, ids: Tensor, positions: Tensor, sounds: list[hf_call.Sound], mark: str
     ) -> tuple[Prefilled, Profile | None]:
         """Everything up to the end of the last sound, and the profile that it began with."""
         assert self.voices is not None
-        mark, ends = self._fingerprint(), [hf_call.after(sound) for sound in sounds]
+        ends = [hf_call.after(sound) for sound in sounds]
         stored = self.voices.lengths(mark, ends[-1])
         digests = _digests(ids, sounds, [length for length in stored if length in ends])
         profile = self.voices.longest(mark, digests.get, ends[-1])
@@ -144,6 +146,7 @@ class Prompts:
         profile: Profile | None,
         ids: Tensor,
         sounds: list[hf_call.Sound],
+        mark: str,
         meta: dict[str, str | int | float],
         pinned: bool,
     ) -> Profile:
@@ -152,7 +155,7 @@ class Prompts:
         if profile is None or profile.positions < end or meta:
             profile = Profile(
                 key=_digests(ids, sounds, [end])[end],
-                fingerprint=self._fingerprint(),
+                fingerprint=mark,
                 positions=end,
                 tensors={
                     "keys": torch.stack([keys[0] for keys, _ in filled.layers]),

@@ -7,11 +7,12 @@ CPU the two would only take the cores from each other. What the chunks hold is t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -274,6 +275,26 @@ class Channel:
                 raise StopIteration
             return None
 
+    async def listen(self) -> AsyncIterator[AudioChunk]:
+        """The chunks, without blocking the event loop; raises as :meth:`take`."""
+        loop, changed = asyncio.get_running_loop(), asyncio.Event()
+
+        def tell() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody listens
+                loop.call_soon_threadsafe(changed.set)
+
+        self.on_change = tell
+        while True:
+            changed.clear()
+            try:
+                chunk = self.take(wait=False)
+            except StopIteration:
+                return
+            if chunk is None:
+                await changed.wait()
+            else:
+                yield chunk
+
     def _tell(self) -> None:
         if self.on_change is not None:
             self.on_change()
@@ -336,38 +357,20 @@ class AsyncAudioStream:
 
     def __init__(self, start: Callable[[], AudioStream], channel: Channel) -> None:
         self._start, self._channel = start, channel
+        self._chunks = channel.listen()
         self._stream: AudioStream | None = None
-        self._changed: asyncio.Event | None = None
 
     def __aiter__(self) -> AsyncAudioStream:
         return self
 
     async def __anext__(self) -> AudioChunk:
-        channel, changed = self._channel, self._changed or self._begin()
+        if self._stream is None:
+            self._stream = self._start()
         try:
-            while True:
-                changed.clear()
-                try:
-                    chunk = channel.take(wait=False)
-                except StopIteration:
-                    raise StopAsyncIteration from None
-                if chunk is not None:
-                    return chunk
-                await changed.wait()
+            return await anext(self._chunks)
         except asyncio.CancelledError:
-            channel.close()
+            self._channel.close()
             raise
-
-    def _begin(self) -> asyncio.Event:
-        loop, changed = asyncio.get_running_loop(), asyncio.Event()
-
-        def tell() -> None:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(changed.set)
-
-        self._channel.on_change, self._changed = tell, changed
-        self._stream = self._start()
-        return changed
 
     async def aclose(self) -> None:
         """Stop generation at its next frame, and wait until it has."""

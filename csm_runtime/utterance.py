@@ -104,24 +104,9 @@ class Utterance:
             yield chunk
 
     async def __aiter__(self) -> AsyncIterator[AudioChunk]:
-        channel, loop, changed = self._listened(), asyncio.get_running_loop(), asyncio.Event()
-
-        def tell() -> None:
-            with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody listens
-                loop.call_soon_threadsafe(changed.set)
-
-        channel.on_change = tell
         try:
-            while True:
-                changed.clear()
-                try:
-                    chunk = channel.take(wait=False)
-                except StopIteration:
-                    return
-                if chunk is None:
-                    await changed.wait()
-                else:
-                    yield chunk
+            async for chunk in self._listened().listen():
+                yield chunk
         except asyncio.CancelledError:
             self.cancel()
             raise
