@@ -7,8 +7,8 @@ Runs on pytest-benchmark: each case is one test, each round times our op and eve
 moves moves all of them, beginning with another one each time; a few calls in a row on a CPU, as in a frame. On CUDA
 ours are the Triton kernels, timed by ``triton.testing`` with a cold L2; on a CPU they are the references under
 torch.compile, as compiled frames run them, and for ``native`` the native kernels. An op whose tests fail gets no speed:
-its tests run first. Rivals: the same in eager PyTorch, in torch.compile, PyTorch's own kernels of the format for ``native``,
-and, for norm, rope and swiglu on CUDA, liger-kernel.
+its tests run first. Rivals: the same in eager PyTorch, in torch.compile, PyTorch's own kernels of the format for ``native`` and
+ggml's where its package is installed (:mod:`ggml_rival`), and, for norm, rope and swiglu on CUDA, liger-kernel.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import ggml_rival
 import pytest
 import torch
 from bandwidth import streaming_bandwidth
@@ -224,6 +225,9 @@ def native_case(rows: int, height: int, width: int, fmt: str) -> Case:
             )
             steps, op = normal(width // 128, height, 2), torch._weight_int4pack_mm_for_cpu
             made["_weight_int4pack_mm_for_cpu"] = _ring(lambda w: op(narrow, w, 128, steps), _copies(packed))
+        ggml = ggml_rival.products(rows, height, width, fmt, len(ours), CALLS)
+        if ggml is not None:
+            made["ggml"] = ggml
         return made
 
     size = _stored(height, width, fmt) + 4 * rows * (width + height)
@@ -406,7 +410,7 @@ def _once(function: Callable[[], Any]) -> float:
 
         return float(do_bench(function, warmup=5, rep=20, return_mode="median")) / 1e3
     start = time.perf_counter()
-    for _ in range(CALLS):
+    for _ in range(CALLS // getattr(function, "products", 1)):
         function()
     return (time.perf_counter() - start) / CALLS
 
@@ -559,7 +563,8 @@ def main(argv: list[str] | None = None) -> int:
     print(lines)
     folder = args.out or Path(__file__).parent / "results"
     folder.mkdir(parents=True, exist_ok=True)
-    stem = folder / f"kernels-{device.lower().replace(' ', '-')}"
+    which = "" if len(asked) == len(OPS) else "-".join(asked) + "-"  # some ops do not overwrite the result of all
+    stem = folder / f"kernels-{which}{device.lower().replace(' ', '-')}"
     stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     note = (
         f"{result['device']}; {result['bandwidth_gb_per_s']:.1f} GB/s streaming, median of the run\n\n" if infos else ""

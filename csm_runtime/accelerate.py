@@ -38,7 +38,7 @@ from csm_runtime.rounding import Rounding, calibrate_rounding
 from csm_runtime.streaming import DEFAULT_AHEAD, DEFAULT_SCHEDULE, AsyncAudioStream, AudioStream, Channel, stream_of
 from csm_runtime.training import CsmTrainingConfig, accelerate_training
 from csm_runtime.voices import Profile, Voices, fingerprint_of
-from csm_runtime.weights import DTYPES, PackedWeights, fingerprint, matrices, zone_table
+from csm_runtime.weights import DTYPES, PackedWeights, matrices, zone_table
 
 if TYPE_CHECKING:
     from csm_runtime.batching import Batcher
@@ -842,14 +842,15 @@ class Acceleration:
         return functools.partial(cuda_probe, device) if device.type == "cuda" else process_probe
 
     def _prompt_mark(self) -> str:
-        """Of everything that the keys and values of a prompt depend on besides the prompt."""
+        """Of everything that the keys and values of a prompt depend on besides the prompt; behind a refresh of the weights."""
         model = self._model
         parts: dict[str, Any] = {"spec": repr(self._spec), "dtype": str(self._engine.dtype)}
         parts |= {f"backbone.{name}": x for name, x in model.backbone_model.named_parameters()}
         parts |= {"text": model.embed_text_tokens.weight}
         parts |= {f"codec.{name}": x for name, x in hf.encoding_tensors(model)}
         marks = {
-            name: fingerprint(x) if isinstance(x, Tensor) and not x.is_meta else str(x) for name, x in parts.items()
+            name: self._weights.mark_of(x) if isinstance(x, Tensor) and not x.is_meta else str(x)
+            for name, x in parts.items()
         }
         copies = self._weights.checksums() if self._dropped else {}
         return fingerprint_of({**marks, **{f"copy.{name}": mark for name, mark in copies.items()}})

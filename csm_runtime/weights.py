@@ -156,6 +156,10 @@ def fingerprints(packed: Packed) -> Tensor:
     return torch.cat([fingerprint(leaf) for leaf in tree_leaves(others) if isinstance(leaf, Tensor)])
 
 
+def _memory_of(source: Tensor) -> tuple[Any, ...]:
+    return source.data_ptr(), source.dtype, source.shape, source.stride()
+
+
 def _same(old: Tensor | None, new: Tensor) -> bool:
     return old is not None and old.device == new.device and torch.equal(old, new)
 
@@ -294,6 +298,13 @@ class PackedWeights:
     """Calibrated codes of int4 matrices."""
     unrounded: set[str] = field(default_factory=set)
     """Names of copies for which ``rounding`` had none of the weights as they are: rounded to nearest."""
+    _marks: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
+    """Fingerprints that the latest refresh took, by the memory they are of."""
+
+    def mark_of(self, source: Tensor) -> Tensor:
+        """The fingerprint of a live weight, read once per :meth:`refresh`: what copies are compared with is not read again."""
+        mark = self._marks.get(_memory_of(source))
+        return fingerprint(source) if mark is None else mark
 
     def with_policy(self, policy: PrecisionPolicy) -> PackedWeights:
         """For another policy; copies whose format is the same in both are shared, not made again.
@@ -445,11 +456,11 @@ class PackedWeights:
         """Make the copies that are missing or out of date; names of the latter."""
         stale: list[str] = []
         jobs: dict[str, Callable[[], _Copy]] = {}
-        marks: dict[int, Tensor] = {}
+        self._marks = marks = {}
         for name, want in asked.items():
             mark = None
             if not want.source.is_meta:
-                key = id(want.source)
+                key = _memory_of(want.source)
                 mark = marks[key] = fingerprint(want.source) if key not in marks else marks[key]
             old = self._copies.get(name)
             if old is not None and old.format != want.format:
@@ -489,6 +500,7 @@ class PackedWeights:
 
     def release_sources(self, names: Iterable[str]) -> None:
         """Stop comparing copies with their originals, which have been dropped."""
+        self._marks = {}
         for name in names:
             self._copies[name] = replace(self._copies[name], fingerprint=None)
 

@@ -59,6 +59,40 @@ def largest_error(made: Tensor, wanted: Tensor) -> float:
     return float((made.double() - wanted).abs().max() / wanted.abs().max())
 
 
+# ----------------------------------------------------------------------------------------------------------- threads
+
+BESIDE = """
+import os, time
+import torch
+from csm_kernels import cpu
+
+weight, x = torch.randn(4096, 1024), torch.randn(1, 1024)
+before = set(os.listdir("/proc/self/task"))
+cpu.gemv_cpu(x, weight, threads=2)
+(worker,) = (int(task) for task in set(os.listdir("/proc/self/task")) - before)
+allowed = os.sched_getaffinity(0)
+first = min(allowed)
+os.sched_setaffinity(0, {first})
+together = 0
+for _ in range(20):
+    os.sched_setaffinity(worker, {first})  # where a scheduler may leave it, and is free to
+    os.sched_setaffinity(worker, allowed)
+    time.sleep(0.002)  # asleep
+    cpu.gemv_cpu(x, weight, threads=2)
+    stat = open(f"/proc/self/task/{worker}/stat").read().rpartition(")")[2].split()
+    together += int(stat[36]) == first
+assert os.sched_getaffinity(worker) == allowed, "the thread was not set free again"
+print(together)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="one processor")
+def test_threads_of_a_call_do_not_stay_on_one_processor() -> None:
+    done = subprocess.run([sys.executable, "-c", BESIDE], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 5, f"{done.stdout.strip()} of 20 calls beside the caller"  # others may push it there
+
+
 # ---------------------------------------------------------------------------------------------------------- products
 
 

@@ -10,6 +10,9 @@
 #if !defined(_WIN32)
 #include <unistd.h>
 #endif
+#if defined(__linux__)
+#include <sched.h>
+#endif
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
 #endif
@@ -64,9 +67,49 @@ class Denormals {
 #endif
 };
 
+// Which processor each thread of a pool is on. After a sleep Linux may wake a thread on the processor of whoever wakes it
+// and leave it there for a second, beside an idle one: half the speed. Whoever finds itself so goes elsewhere.
+class Places {
+  public:
+    explicit Places(int threads) : on_(threads) {}
+
+    // The caller's; the others' are kept from their last call.
+    void here(int thread) { on_[thread].store(processor(), std::memory_order_relaxed); }
+
+    void apart(int thread) {
+        here(thread);
+        const int mine = on_[thread].load(std::memory_order_relaxed);
+        for (int t = 0; t < thread; ++t)
+            if (mine >= 0 && on_[t].load(std::memory_order_relaxed) == mine) return move(thread);
+    }
+
+  private:
+#if defined(__linux__)
+    static int processor() { return sched_getcpu(); }
+
+    void move(int thread) {
+        cpu_set_t allowed, left;
+        if (sched_getaffinity(0, sizeof(allowed), &allowed) != 0) return;  // more processors than the set holds
+        left = allowed;
+        for (int t = 0; t < int(on_.size()); ++t) {
+            const int taken = on_[t].load(std::memory_order_relaxed);
+            if (taken >= 0 && taken < CPU_SETSIZE) CPU_CLR(taken, &left);
+        }
+        if (CPU_COUNT(&left) == 0 || sched_setaffinity(0, sizeof(left), &left) != 0) return;
+        sched_setaffinity(0, sizeof(allowed), &allowed);  // it stays where it is, and is free to be moved again
+        here(thread);
+    }
+#else
+    static int processor() { return -1; }
+    void move(int) {}
+#endif
+
+    std::vector<std::atomic<int>> on_;
+};
+
 class Pool {
   public:
-    explicit Pool(int threads) : barrier(threads), process_(process()), threads_(threads) {
+    explicit Pool(int threads) : barrier(threads), process_(process()), threads_(threads), places_(threads) {
         for (int t = 1; t < threads; ++t) workers_.emplace_back([this, t] { work(t); });
     }
 
@@ -78,6 +121,7 @@ class Pool {
         std::lock_guard<std::mutex> one(calls_);
         [[maybe_unused]] const Denormals kept;
         if (threads_ > 1) {
+            places_.here(0);
             {
                 std::lock_guard<std::mutex> lock(mutex_);
                 fn_ = &fn;
@@ -112,6 +156,7 @@ class Pool {
                 seen = call_.load(std::memory_order_relaxed);
                 fn = fn_;
             }
+            places_.apart(t);
             (*fn)(t);
             barrier.wait();
         }
@@ -119,6 +164,7 @@ class Pool {
 
     const int64_t process_;
     const int threads_;
+    Places places_;
     std::mutex mutex_, calls_;
     std::condition_variable wake_;
     std::atomic<unsigned> call_{0};
