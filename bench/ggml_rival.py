@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import os
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -36,10 +36,15 @@ def products(rows: int, height: int, width: int, fmt: str, copies: int, at_once:
     if kind is None or width % 32:
         return None
     size = ggml.ggml_row_size(kind, width) * height
-    memory = torch.empty(copies * (size + 1024) + (64 << 20), dtype=torch.uint8)
+    tensors, count = 2 * copies + 1, copies // at_once
+    results = 4 * rows * (height * copies + width)
+    overhead = (tensors + 8) * (ggml.ggml_tensor_overhead() + 64) + count * (ggml.ggml_graph_overhead() + 64)
+    memory = torch.empty(copies * size + results + overhead + (1 << 20), dtype=torch.uint8)
     memory.zero_()
     hugepages.collapse([memory])
-    context = ggml.ggml_init(ggml.ggml_init_params(mem_size=memory.numel(), mem_buffer=memory.data_ptr(), no_alloc=False))
+    context = ggml.ggml_init(
+        ggml.ggml_init_params(mem_size=memory.numel(), mem_buffer=memory.data_ptr(), no_alloc=False)
+    )
     plain = (torch.randn(height, width) * width**-0.5).contiguous()
     source = ctypes.cast(plain.data_ptr(), ctypes.POINTER(ctypes.c_float))
     weights = [ggml.ggml_new_tensor_2d(context, kind, width, height) for _ in range(copies)]
@@ -77,5 +82,12 @@ def products(rows: int, height: int, width: int, fmt: str, copies: int, at_once:
     wanted = values @ plain.T
     assert (found - wanted).norm() < 0.2 * wanted.norm(), "ggml computed something else"
     run.products = at_once  # type: ignore[attr-defined]
-    run.kept = (memory, context)  # type: ignore[attr-defined]
+    weakref.finalize(run, _free, context, memory)
     return run
+
+
+def _free(context: Any, memory: torch.Tensor) -> None:
+    import ggml
+
+    ggml.ggml_free(context)  # there are 64 of them at most; the memory is ours, and may go now
+    del memory

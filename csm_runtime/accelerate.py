@@ -18,7 +18,7 @@ from torch import Tensor
 
 from csm_kernels.quant import QuantWeight
 from csm_runtime import compiling, hugepages, ladder, tuning
-from csm_runtime.adapters import hf, hf_call, hf_checks
+from csm_runtime.adapters import hf, hf_call, hf_checks, sesame
 from csm_runtime.adapters.hf_passes import Passes
 from csm_runtime.checks import Checks
 from csm_runtime.codec import CodecPath, cut_at_end
@@ -148,12 +148,17 @@ def accelerate(
         model = accelerate(CsmForConditionalGeneration.from_pretrained("sesame/csm-1b"))
         audio = model.generate(**inputs, output_audio=True)
     """
+    options = {name: value for name, value in locals().items() if name not in ("model", "training")}
     if training is not False:
         return accelerate_training(model, training)
+    if sesame.matches(model) or sesame.model_of(model) is not None:
+        from csm_runtime.sesame import accelerate_sesame
+
+        return accelerate_sesame(model, options)
     if not hf.matches(model):
         raise TypeError(
-            f"model must be transformers' CsmForConditionalGeneration, got {type(model).__module__}."
-            f"{type(model).__qualname__}"
+            "model must be transformers' CsmForConditionalGeneration, or a Model or Generator of Sesame's structure, got "
+            f"{type(model).__module__}.{type(model).__qualname__}"
         )
     previous = model.__dict__.get("acceleration")
     if isinstance(previous, Acceleration) and previous.originals_dropped:
@@ -328,6 +333,7 @@ class Acceleration:
         tuned: how ``precision="auto"`` found the policy, :class:`~csm_runtime.tuning.TunedPolicy`, or None.
         without: optimisations that are left out.
         codec_batch_frames: most frames that one call of the codec decodes together, 0 for row by row.
+        on_restore: called by :meth:`restore`, by whoever put something else on the model.
     """
 
     def __init__(
@@ -374,6 +380,7 @@ class Acceleration:
         self._streamed: CodecPath | None = None
         self._codec_faults: list[str] = []
         self.notes: list[str] = []
+        self.on_restore: list[Callable[[], None]] = []
         self._engine = self._build_engine()
         if isinstance(voices, bool):
             voices_or_none = Voices(metrics=self.metrics, probe=self._voice_memory()) if voices else None
@@ -670,6 +677,8 @@ class Acceleration:
         with self._lock:
             for name in ("generate", "acceleration"):
                 self._model.__dict__.pop(name, None)
+            for undo in self.on_restore:
+                undo()
 
     def drop_originals(self) -> None:
         """Free the stock copies of quantised matrices; the stock modules compute from the packed copies from now on."""
@@ -762,6 +771,7 @@ class Acceleration:
     def _refresh(self, advance: Callable[[str], None] | None = None) -> None:
         """Follow the model: its device, its dtype, its weights."""
         model = self._model
+        hf.follow(model)
         moved = model.backbone_model.norm.weight.device != self._engine.device
         if moved and self._dropped:
             raise RuntimeError(
@@ -1132,7 +1142,7 @@ class Acceleration:
         ended, last = None if loop is None else loop.ended, prompt.positions[:, -1].expand(rows)
         state.load_prompt(filled.layers, filled.hidden, prompt.mask, last, made.shape[1], ended)
         pad = request.pad_token if request.pads_finished_rows else None
-        state.set_end(request.eos_token, self._spec.codebooks - 1, pad)
+        state.set_end(request.eos_token, request.judged, pad)
         state.seed.zero_()
         state.utterance.zero_()
         self._set_drawing(runner, slice(None), slice(rows), request, seeds)

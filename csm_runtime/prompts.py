@@ -95,7 +95,7 @@ class Prompts:
             )
         positions = torch.arange(end, device=ids.device)[None]
         mark = self._fingerprint()
-        found, profile = self._prefix(passes, ids, positions, sounds, mark)
+        found, profile = self._prefix(passes, ids, positions, sounds, mark, inputs.get("embeds"))
         return self._keep(found, profile, ids, sounds, mark, meta, pinned)
 
     # ------------------------------------------------------------------------------------------------------ inside
@@ -105,12 +105,13 @@ class Prompts:
     ) -> Prompt:
         model, ids, positions = self._model, request.input_ids, request.positions
         mark = self._fingerprint()
-        filled, profile = self._prefix(passes, ids, positions, sounds, mark)
+        embeds = request.prompt.get("embeds")
+        filled, profile = self._prefix(passes, ids, positions, sounds, mark, embeds)
         end = hf_call.after(sounds[-1])
         known = profile is not None and profile.positions == end
         if not known and bool(filled.hidden.isfinite().all()):  # what NaN means is for others to say
             self._keep(filled, profile, ids, sounds, mark, {}, False)
-        x = hf_call.embedded_with(model, ids[:, end:], [])
+        x = hf_call.embedded_with(model, ids[:, end:], []) if embeds is None else embeds[:, end:]
         if made.shape[1]:
             x = torch.cat([x, model.backbone_model.embed_tokens(made)], dim=1)
             steps = torch.arange(1, made.shape[1] + 1, device=positions.device)
@@ -120,7 +121,13 @@ class Prompts:
         return Prompt(filled, None, positions)
 
     def _prefix(
-        self, passes: Passes, ids: Tensor, positions: Tensor, sounds: list[hf_call.Sound], mark: str
+        self,
+        passes: Passes,
+        ids: Tensor,
+        positions: Tensor,
+        sounds: list[hf_call.Sound],
+        mark: str,
+        embeds: Tensor | None,
     ) -> tuple[Prefilled, Profile | None]:
         """Everything up to the end of the last sound, and the profile that it began with."""
         assert self.voices is not None
@@ -135,7 +142,10 @@ class Prompts:
         for sound, end in zip(sounds, ends):
             if end <= start:
                 continue
-            x = hf_call.embedded_with(self._model, ids[:, start:end], [hf_call.codes_of(self._model, sound)])
+            if embeds is None:
+                x = hf_call.embedded_with(self._model, ids[:, start:end], [hf_call.codes_of(self._model, sound)])
+            else:
+                x = embeds[:, start:end]
             filled = passes.prefill(x, None, positions[:, start:end], filled if start else None)
             start = end
         return filled, profile
@@ -172,5 +182,7 @@ class Prompts:
 
 def _digests(ids: Tensor, sounds: list[hf_call.Sound], lengths: list[int]) -> dict[int, str]:
     # Of a codec in bf16 the sound comes in bf16: another digest than fp32 of the same recording, and another encoding.
-    segments = [(sound.start, sound.end, sound.waveform.reshape(-1)) for sound in sounds]
+    # Codes are exact in fp32.
+    contents = [sound.content if sound.content.is_floating_point() else sound.content.float() for sound in sounds]
+    segments = [(sound.start, sound.end, content.reshape(-1)) for sound, content in zip(sounds, contents)]
     return prompt_digests(ids[0], segments, lengths)

@@ -113,11 +113,12 @@ class RowSound:
         self._waiting: list[Tensor] = []
         self._decoded: list[Tensor] = []
         self._index = self._start = 0
-        self._stream: CodecStream | None = None
-        reason = why_not_chunked(codec)
-        if reason is None:
+        own = getattr(codec, "stream", None)  # a codec that brings its own way
+        self._stream: Any = own() if callable(own) else None
+        reason = None if self._stream is not None else why_not_chunked(codec)
+        if self._stream is None and reason is None:
             self._stream = CodecStream(codec)
-        else:
+        elif reason is not None:
             self._say(f"the codec cannot be decoded chunk by chunk, {reason}; each chunk decodes all frames so far")
         self.rate = int(codec.config.sampling_rate)
         self.ended = False

@@ -106,7 +106,7 @@ def read_dtype(model: Any) -> torch.dtype:
 def codec_size(model: Any) -> tuple[torch.dtype, int]:
     """Dtype and bytes of the codec's parameters."""
     parameters = list(model.codec_model.parameters())
-    return parameters[0].dtype, sum(p.nbytes for p in parameters)
+    return model.codec_model.dtype, sum(p.nbytes for p in parameters)
 
 
 def encoding_tensors(model: Any) -> list[tuple[str, Tensor]]:
@@ -127,6 +127,17 @@ def _stack(config: Any) -> StackSpec:
         eps=config.rms_norm_eps,
         positions=config.max_position_embeddings,
     )
+
+
+def follow(model: Any) -> None:
+    """Bring a model up to date whose parameters are those of another, see :class:`csm_runtime.adapters.sesame.Twin`.
+
+    Raises:
+        ValueError: the other has been modified.
+    """
+    other = model.__dict__.get("read_from")
+    if other is not None:
+        other.follow()
 
 
 def live_weights(model: Any) -> ModelWeights:
@@ -271,6 +282,9 @@ def modification(model: Any) -> str | None:
 
     Unmerged LoRA layers, quantised linears, parametrizations, hooks and replaced methods are all of that kind.
     """
+    other = model.__dict__.get("read_from")
+    if other is not None:
+        return other.modification()
     stock = _modules()
     own = model.__dict__.get("generate")
     # Ours, or what a copy of an accelerated model has instead: the plain method of its class.

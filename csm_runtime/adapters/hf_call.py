@@ -107,12 +107,15 @@ class Request:
     max_frames: int
     eos_token: Any
     """``config.codebook_eos_token_id`` as it is at this call."""
+    judged: int
+    """Speech ends with a frame whose first so many codes are that."""
     pad_token: int
     """What the frames of a finished row hold, where ``pads_finished_rows``."""
     pads_finished_rows: bool
     return_dict: bool
     prompt: dict[str, Any]
-    """Keyword arguments of the stock prefill."""
+    """Keyword arguments of the stock prefill; or ``embeds`` ``[N, T, D]`` and ``sounds``, those of a prompt that another
+    stack has embedded."""
     mask: Tensor | None
     """``[N, T]``"""
     positions: Tensor
@@ -177,6 +180,7 @@ def read_request(
         depth=depth_sampling(model),
         max_frames=max(1, min(limits) - tokens),
         eos_token=model.config.codebook_eos_token_id,
+        judged=model.config.num_codebooks - 1,
         pad_token=model.config.codebook_pad_token_id,
         pads_finished_rows=config._eos_token_tensor is not None,
         return_dict=bool(config.return_dict_in_generate),
@@ -190,6 +194,8 @@ def read_request(
 def prompt_embeddings(model: Any, request: Request) -> Tensor:
     """``[N, T, D]`` in the model's dtype: text tokens, encoded reference audio and codes, merged by the stock model."""
     ids = request.input_ids
+    if "embeds" in request.prompt:
+        return request.prompt["embeds"]
     if ids.ndim == 3:
         return model.backbone_model.embed_tokens(ids)
     return model._merge_input_ids_with_input_values(input_ids=ids, **request.prompt)["inputs_embeds"]
@@ -213,8 +219,8 @@ class Sound:
     start: int
     end: int
     """Of its positions; the one behind them is the end-of-sound token."""
-    waveform: Tensor
-    """``[channels, samples]``"""
+    content: Tensor
+    """Its samples ``[channels, samples]``, or its codes where those are what there is."""
 
 
 def after(sound: Sound) -> int:
@@ -231,6 +237,8 @@ def sounds_of(model: Any, ids: Tensor, prompt: Mapping[str, Any], mask: Tensor |
         prompt: ``input_values`` and ``input_values_cutoffs``, where there is sound.
         mask: ``[N, T]`` or None.
     """
+    if "sounds" in prompt:
+        return prompt["sounds"]
     values, cutoffs = prompt.get("input_values"), prompt.get("input_values_cutoffs")
     if values is None or cutoffs is None or ids.ndim != 2 or len(ids) != 1 or len(cutoffs) != 1:
         return []
@@ -251,7 +259,7 @@ def sounds_of(model: Any, ids: Tensor, prompt: Mapping[str, Any], mask: Tensor |
 def codes_of(model: Any, sound: Sound) -> Tensor:
     """``[F, K]`` int64 of a sound, encoded as the stock model encodes it."""
     with torch.no_grad():
-        return model.codec_model.encode(sound.waveform[None]).audio_codes.transpose(1, -1)[0]
+        return model.codec_model.encode(sound.content[None]).audio_codes.transpose(1, -1)[0]
 
 
 def embedded_with(model: Any, ids: Tensor, codes: Sequence[Tensor]) -> Tensor:
