@@ -49,7 +49,7 @@ class FrameByFrame:
         self._length = 0
         self._seeds: Seeds | None = None
         self._drawing: Any = None
-        self._loaded = self._on_stock = self._made_room = False
+        self._loaded = self._on_stock = self._made_room = self._lent = False
         self._under: tuple[str, int] | None = None
         self._watch: Watch | None = None
 
@@ -83,6 +83,8 @@ class FrameByFrame:
                     return made
                 handle._went_stock(reason)
                 self._hand_over()
+            if self._lent:
+                self._hand_over()
             self._remember(tokens, tokens_mask, input_pos)
             made = self._kind.generate_frame(self._model, tokens, tokens_mask, input_pos, temperature, topk)
             self._frames.append(made)
@@ -102,6 +104,10 @@ class FrameByFrame:
             made = self._kind.setup_caches(self._model, *args, **kwargs)
             self._forget()
             return made
+
+    def lend(self) -> None:
+        """Somebody else is about to use the stock model's caches."""
+        self._lent = self._on_stock
 
     def close(self) -> None:
         """Let go of the engine's buffers."""
@@ -143,7 +149,7 @@ class FrameByFrame:
 
     def _hand_over(self) -> None:
         """Fill the stock model's caches with what has been fed; it speaks the rest of the utterance."""
-        self._on_stock = True
+        self._on_stock, self._lent = True, False
         self._unload()
         if not self._fed:
             return

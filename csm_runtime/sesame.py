@@ -6,25 +6,39 @@ object are ours, so that ``Generator.generate`` and the streams of its forks bec
 
 from __future__ import annotations
 
-import logging
 import threading
+import time
 from collections import OrderedDict
+from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from csm_runtime.adapters import sesame
+from csm_runtime.adapters.hf_call import Request, Unsupported
+from csm_runtime.adapters.sesame_call import cached_rows, fed, refill, request_of
 from csm_runtime.frame_by_frame import FrameByFrame
+from csm_runtime.generate import Seeds, plain_mode, seeded
 from csm_runtime.voice_profile import fingerprint_of
 from csm_runtime.weights import fingerprint
-
-logger = logging.getLogger("csm_runtime")
 
 _METHODS = ("generate_frame", "reset_caches", "setup_caches")
 _RECORDINGS = 64
 """Recordings whose codes a generator remembers: some 40 kB each, of 12 s."""
+FRAME_MS = 80
+_CALL = {
+    "text": None,
+    "speaker": None,
+    "context": (),
+    "max_audio_length_ms": 90_000,
+    "temperature": 0.9,
+    "topk": 50,
+    "tokens": None,
+    "tokens_mask": None,
+}
+"""Arguments of a call and their defaults, those of ``Generator.generate``."""
 
 
 def accelerate_sesame(target: Any, options: dict[str, Any]) -> Any:
@@ -41,8 +55,8 @@ def accelerate_sesame(target: Any, options: dict[str, Any]) -> Any:
 
     if options.get("drop_originals"):
         raise ValueError(
-            "drop_originals=True frees weights of transformers' model only; csm-accelerate convert makes one of a checkpoint of "
-            "this stack"
+            "drop_originals=True frees weights of transformers' model only; csm-accelerate convert makes one of a checkpoint "
+            "of this stack"
         )
     generator = None if sesame.matches(target) else target
     model = target if generator is None else sesame.model_of(target)
@@ -219,3 +233,195 @@ class StreamedCodec:
             codec.set_streaming_state(before)
         self.frames += codes.shape[1]
         return made[:, 0].float()
+
+
+class Prompted(NamedTuple):
+    """A call of a generator, ready for the decode loop."""
+
+    request: Request
+    tokens: Tensor
+    """``[1, T, codebooks + 1]``"""
+    mask: Tensor
+    temperature: float
+    topk: int
+
+
+class SesameCalls:
+    """Whole utterances for streams, batchers and voices, as :class:`csm_runtime.generate.HfCalls` has them of transformers.
+
+    Arguments of a call are those of ``Generator.generate``: ``text``, ``speaker``, ``context``, ``max_audio_length_ms``,
+    ``temperature`` and ``topk``; or, in place of the first three, the ``tokens`` and ``tokens_mask`` of ``generate_frame``.
+
+    Args:
+        model: of Sesame's structure.
+        generator: around it, or None.
+        frames: what stands in for its methods.
+        handle: its acceleration.
+    """
+
+    def __init__(self, model: Any, generator: Any, frames: FrameByFrame, handle: Any) -> None:
+        self._model, self._generator, self._frames, self._handle = model, generator, frames, handle
+
+    def generate(
+        self, *, seed: Any = None, utterance_ids: Any = None, streamer: Any = None, **arguments: Any
+    ) -> Tensor:
+        """``[1, F, codebooks]`` int64, the frame that ends speech included.
+
+        Args:
+            seed: of the noise; None draws one from torch's generator.
+            utterance_ids: the other half of what the noise depends on.
+            streamer: gets the prompt and then the codes of every frame.
+            arguments: of a call, see above.
+        """
+        handle, seeds, start = self._handle, Seeds(seed, utterance_ids), time.perf_counter()
+        with handle._lock, plain_mode():
+            self.check(arguments)
+            reason, call = handle._reason_for_stock({}), None
+            if streamer is not None:
+                streamer.put(torch.zeros(0))
+
+            def put(frame: Tensor) -> None:
+                if streamer is not None:
+                    streamer.put(frame[None])
+
+            def rest(made: Tensor, ended: Tensor) -> Tensor:
+                assert call is not None
+                return self.finish_on_stock(call, made, put, seeds)[None]
+
+            if reason is None:
+                call, handle._busy = self.prepared(arguments), True
+                try:
+                    made = handle._run(call.request, seeds, streamer, rest)
+                except Unsupported as error:
+                    reason = str(error)
+                finally:
+                    handle._busy = False
+            if reason is not None:
+                handle._went_stock(reason)
+                made = self.speak_on_stock(arguments, seeds, put)[None]
+                if streamer is not None:
+                    streamer.end()
+            handle._spoken(made.shape[1], time.perf_counter() - start - getattr(streamer, "waited", 0.0))
+            return made
+
+    def check(self, arguments: dict[str, Any]) -> tuple[int, int] | None:
+        """What can be said of a call without making its prompt.
+
+        Returns:
+            None: how many positions it needs is not known yet.
+
+        Raises:
+            TypeError: an argument that ``Generator.generate`` has not, or none of what is to be spoken.
+            ValueError: a bad value, named.
+        """
+        given = {name: value for name, value in arguments.items() if value is not None}
+        unknown = sorted(set(given) - set(_CALL))
+        if unknown:
+            raise TypeError(f"unexpected argument {unknown[0]!r}; a call takes {', '.join(_CALL)}")
+        if "tokens" in given:
+            mask, books = given.get("tokens_mask"), self._handle._spec.codebooks
+            if mask is None or mask.shape != given["tokens"].shape or given["tokens"].shape[::2] != (1, books + 1):
+                raise ValueError(
+                    f"tokens and tokens_mask must both be [1, T, {books + 1}], got {tuple(given['tokens'].shape)} and "
+                    f"{None if mask is None else tuple(mask.shape)}"
+                )
+        elif self._generator is None:
+            raise TypeError("a Model alone takes tokens and tokens_mask; accelerate(generator) takes text and speaker")
+        elif not isinstance(given.get("text"), str) or "speaker" not in given:
+            raise TypeError(f"text and speaker are needed, got text={given.get('text')!r} and {sorted(given)}")
+        frames, temperature, topk = self._drawing(given)
+        if frames < 1:
+            raise ValueError(f"max_audio_length_ms must be at least {FRAME_MS}, got {given['max_audio_length_ms']!r}")
+        if not temperature > 0:
+            raise ValueError(f"temperature must be above 0, got {temperature!r}; topk=1 is greedy")
+        if type(topk) is not int or not 1 <= topk <= self._handle._spec.vocab:
+            raise ValueError(f"topk must be an integer from 1 to {self._handle._spec.vocab}, got {topk!r}")
+        return None
+
+    def prepared(self, arguments: dict[str, Any]) -> Prompted:
+        """The prompt of a call, and how its codes are drawn.
+
+        Raises:
+            ValueError: prompt and frames need more positions than the model has.
+        """
+        tokens, mask = self._prompt(arguments)
+        frames, temperature, topk = self._drawing(arguments)
+        most = self._model.backbone.max_seq_len
+        if tokens.shape[1] + frames > most:
+            raise ValueError(
+                f"Inputs too long: a prompt of {tokens.shape[1]} positions and {frames} frames need more than the {most} "
+                "positions of this model; leave out context, or pass a smaller max_audio_length_ms"
+            )
+        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        request = request_of(self._model, tokens, mask, positions, temperature, topk, frames)
+        return Prompted(request, tokens, mask, temperature, topk)
+
+    def voice(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """A reference, of ``context`` or ``tokens`` alone, as :meth:`csm_runtime.prompts.Prompts.add` takes it."""
+        if "tokens" in arguments:
+            tokens, mask = arguments["tokens"], arguments["tokens_mask"]
+        elif self._generator is None or not arguments.get("context") or set(arguments) != {"context"}:
+            raise ValueError(
+                "a voice is context=[Segment, ...] of a generator, or tokens and tokens_mask, and nothing else"
+            )
+        else:
+            tokens, mask = _joined([self._generator._tokenize_segment(one) for one in arguments["context"]])
+        request = request_of(self._model, tokens, mask, torch.arange(tokens.shape[1])[None], 1.0, 1, 1)
+        return {"input_ids": request.input_ids, **request.prompt}
+
+    def speak_on_stock(self, arguments: dict[str, Any], seeds: Seeds, put: Callable[[Tensor], None]) -> Tensor:
+        """A whole utterance by the stock model, ``[F, codebooks]``; ``put`` gets each frame."""
+        call = self.prepared(arguments)
+        return self.finish_on_stock(call, call.tokens.new_zeros(1, 0, call.tokens.shape[2] - 1), put, seeds)
+
+    def finish_on_stock(self, call: Prompted, made: Tensor, put: Callable[[Tensor], None], seeds: Seeds) -> Tensor:
+        """The rest of an utterance whose frames ``made`` ``[1, n, codebooks]`` are there; all of it, ``[F, codebooks]``."""
+        return seeded(seeds, lambda: self._on_stock(call, made, put), made.shape[1])
+
+    @torch.no_grad()
+    def _on_stock(self, call: Prompted, made: Tensor, put: Callable[[Tensor], None]) -> Tensor:
+        model, kind = self._model, self._frames._kind
+        self._frames.lend()
+        if not model.backbone.caches_are_enabled():
+            kind.setup_caches(model, 1)
+        frames, rows = (
+            list(made[0]),
+            cached_rows(model),
+        )  # its attention takes as many rows as its caches have, and no fewer
+        tokens, mask = call.tokens, call.mask
+        for frame in frames:
+            later = fed(frame)
+            tokens, mask = torch.cat([tokens, later[0]], dim=1), torch.cat([mask, later[1]], dim=1)
+        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        tokens, mask, positions = (part.expand(rows, *part.shape[1:]) for part in (tokens, mask, positions))
+        if frames:
+            refill(model, kind, tokens[:, :-1], mask[:, :-1], positions[:, :-1])
+            tokens, mask, positions = tokens[:, -1:], mask[:, -1:], positions[:, -1:]
+        else:
+            kind.reset_caches(model)
+        while len(frames) < call.request.max_frames and (not frames or bool(frames[-1].any())):
+            frame = kind.generate_frame(model, tokens, mask, positions, call.temperature, call.topk)[0].long()
+            frames.append(frame)
+            put(frame)
+            tokens, mask = (part.expand(rows, -1, -1) for part in fed(frame))
+            positions = positions[:, -1:] + 1
+        return torch.stack(frames)
+
+    def _prompt(self, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        if arguments.get("tokens") is not None:
+            return arguments["tokens"].long(), arguments["tokens_mask"].bool()
+        generator = self._generator
+        parts = [generator._tokenize_segment(segment) for segment in arguments.get("context") or ()]
+        parts.append(generator._tokenize_text_segment(arguments["text"], arguments["speaker"]))
+        return _joined(parts)
+
+    @staticmethod
+    def _drawing(arguments: dict[str, Any]) -> tuple[int, float, int]:
+        """Most frames, temperature and topk; defaults are ``Generator.generate``'s."""
+        values = {name: _CALL[name] if arguments.get(name) is None else arguments[name] for name in _CALL}
+        return int(values["max_audio_length_ms"] / FRAME_MS), float(values["temperature"]), values["topk"]
+
+
+def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    tokens, masks = zip(*parts)
+    return torch.cat(tokens)[None].long(), torch.cat(masks)[None].bool()

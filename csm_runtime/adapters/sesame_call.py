@@ -58,6 +58,14 @@ def _sounds(tokens: Tensor, mask: Tensor) -> list[Sound]:
     return [Sound(a, b - 1, tokens[0, a:b, :-1].contiguous()) for a, b in zip(edges[::2], edges[1::2])]
 
 
+def fed(frame: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens and mask ``[1, 1, codebooks + 1]`` with which a frame ``[codebooks]`` is fed back."""
+    tokens = torch.nn.functional.pad(frame.long(), (0, 1))[None, None]
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    mask[..., -1] = False
+    return tokens, mask
+
+
 def lengthened(request: Request, positions: int) -> Request:
     """The same call with a prompt of so many positions, of whose tokens only the last are known."""
     shape = (len(request.input_ids), positions)

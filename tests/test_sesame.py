@@ -1,0 +1,407 @@
+"""Sesame's stack under ``accelerate()``: the same frames from the same calls, whatever happens on the way."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("torchtune", reason="the extra 'sesame' is not installed")
+
+import sesame_models as sesame
+from scipy.stats import chi2_contingency
+
+from csm_runtime import PrecisionPolicy, accelerate
+from csm_runtime.adapters.sesame import Twin, halves, matches
+from csm_runtime.engine import Engine
+from csm_runtime.guard import STOCK, GuardConfig
+
+QUIET = {"progress": False, "guard": False, "mode": "eager"}
+"""Steps as they are: what is tested here is what stands around them."""
+
+
+def prompt_of(
+    model: Any, rows: int = 1, length: int = 9, text: int = 5, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Text, then frames of codes: tokens, mask and positions."""
+    config, generator = model.config, torch.Generator().manual_seed(seed)
+    shape = (rows, length, config.audio_num_codebooks + 1)
+    tokens = torch.randint(0, config.audio_vocab_size, shape, generator=generator)
+    tokens[..., -1] = torch.randint(0, config.text_vocab_size, shape[:2], generator=generator)
+    mask = torch.zeros(shape, dtype=torch.bool)
+    mask[:, :text, -1] = mask[:, text:, :-1] = True
+    return tokens, mask, torch.arange(length).expand(rows, -1)
+
+
+def fed_back(frame: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What the generator feeds after a frame."""
+    none = torch.zeros(len(frame), 1, dtype=torch.long)
+    tokens = torch.cat([frame, none], dim=1).unsqueeze(1)
+    mask = torch.cat([torch.ones_like(frame).bool(), none.bool()], dim=1).unsqueeze(1)
+    return tokens, mask, positions[:, -1:] + 1
+
+
+@torch.inference_mode()
+def frames_of(model: Any, count: int = 8, topk: int = 1, temperature: float = 0.9, **prompt: Any) -> Tensor:
+    """``[B, count, C]`` frames behind a prompt, as the generator's loop makes them."""
+    model.reset_caches()
+    call, out = prompt_of(model, **prompt), []
+    for _ in range(count):
+        out.append(model.generate_frame(*call, temperature, topk))
+        call = fed_back(out[-1], call[2])
+    return torch.stack(out, dim=1)
+
+
+def ready(preset: str = "tiny", rows: int = 1, **options: Any) -> Any:
+    model = sesame.build(preset, **options)
+    model.setup_caches(rows)
+    return model
+
+
+def counters(model: Any) -> dict[str, int]:
+    return model.acceleration.metrics.snapshot()["counters"]
+
+
+# ------------------------------------------------------------------------------------------------------ the same frames
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("preset", ["tiny", "unscaled", "wide", "fork"])
+def test_greedy_frames_equal_the_stock_models(preset: str, rows: int) -> None:
+    model = ready(preset, rows)
+    wanted = frames_of(model, rows=rows)
+    accelerate(model, progress=False, max_positions=256)
+    made = frames_of(model, rows=rows)
+    assert made.dtype == wanted.dtype == torch.int32
+    assert torch.equal(made, wanted)
+    assert counters(model)["frames"] == 8 * rows
+    assert "generate.stock" not in counters(model)
+    assert len(wanted.unique()) > 5, "greedy frames of this model say nothing"
+
+
+@pytest.mark.parametrize("precision", ["exact", "int8", "int4"])
+def test_frames_of_the_real_number_of_codebooks(precision: str) -> None:
+    model = ready("codebooks")
+    wanted = frames_of(model)
+    accelerate(model, progress=False, precision=precision, max_positions=64)
+    made = frames_of(model)
+    assert made.shape == wanted.shape
+    if precision == "exact":
+        assert torch.equal(made, wanted)
+
+
+def test_positions_beyond_llamas_first_context() -> None:
+    """Where the scaled rotary table differs most, at the end of a table longer than 8192."""
+    model = ready("long")
+    wanted = frames_of(model, count=3, length=8200, text=8100)
+    accelerate(model, **QUIET, max_positions=8300)
+    assert torch.equal(frames_of(model, count=3, length=8200, text=8100), wanted)
+
+
+def test_bf16_with_its_rounded_rotary_table() -> None:
+    model = ready("codebooks", dtype=torch.bfloat16)
+    twin = Twin(model, None)
+    table = model.backbone.layers[0].attn.pos_embeddings.cache
+    assert table.dtype == torch.bfloat16
+    cos, sin = twin.module.backbone_model.rotary_emb(torch.zeros(1), torch.arange(50)[None])
+    half = cos.shape[-1] // 2
+    assert torch.equal(cos[0, :, :half], table[:50, :, 0].float())
+    assert torch.equal(sin[0, :, half:], table[:50, :, 1].float())
+    accelerate(model, **QUIET)
+    made = frames_of(model)
+    assert made.shape == (1, 8, 32) and "generate.stock" not in counters(model)
+
+
+def test_sampled_frames_have_the_stock_models_distribution() -> None:
+    model, draws = ready(), 400
+
+    def drawn() -> Tensor:
+        with torch.inference_mode():
+            out = []
+            for _ in range(draws):
+                model.reset_caches()
+                out.append(model.generate_frame(*prompt_of(model), 0.9, 6))
+            return torch.cat(out)
+
+    torch.manual_seed(0)
+    wanted = drawn()
+    accelerate(model, **QUIET, voices=False)
+    made = drawn()
+    for codebook in range(2):  # later ones have too many values for so few draws
+        values = torch.cat([made, wanted])[:, codebook].unique()
+        table = [[int((part[:, codebook] == value).sum()) for value in values] for part in (made, wanted)]
+        kept = [column for column in zip(*table) if sum(column) >= 10]
+        assert len(kept) >= 3
+        assert chi2_contingency(list(zip(*kept))).pvalue > 1e-4, (codebook, table)
+
+
+def test_seed_of_torch_decides() -> None:
+    model = accelerate(ready(), **QUIET)
+    torch.manual_seed(1)
+    first = frames_of(model, topk=10)
+    torch.manual_seed(1)
+    assert torch.equal(frames_of(model, topk=10), first)
+    torch.manual_seed(2)
+    assert not torch.equal(frames_of(model, topk=10), first)
+
+
+def test_end_of_speech_is_a_frame_of_zeros() -> None:
+    model = ready()
+    with torch.no_grad():
+        model.codebook0_head.weight.zero_()
+        model.audio_head.zero_()
+    accelerate(model, **QUIET)
+    assert not frames_of(model).any()
+
+
+def test_odd_calls_equal_stock() -> None:
+    """Text behind frames, several frames at once, text alone, frames that nobody drew."""
+    model = ready()
+
+    @torch.inference_mode()
+    def odd() -> Tensor:
+        model.reset_caches()
+        tokens, mask, _ = prompt_of(model, length=14, text=6)
+        mask[:, 10:12], mask[:, 10:12, -1] = False, True
+        mask[:, 13, -1] = True  # a frame that holds both
+        out, at = [], 0
+        for size in (4, 3, 1, 1, 2, 1, 1, 1):
+            part = slice(at, at + size)
+            out.append(model.generate_frame(tokens[:, part], mask[:, part], torch.arange(at, at + size)[None], 1.0, 1))
+            at += size
+        return torch.stack(out)
+
+    wanted = odd()
+    accelerate(model, **QUIET)
+    assert torch.equal(odd(), wanted)
+    assert "generate.stock" not in counters(model)
+
+
+# -------------------------------------------------------------------------------------------------------- the generator
+
+
+def segments() -> list[Any]:
+    def segment(seconds: float, text: str, speaker: int) -> Any:
+        audio = 0.1 * torch.randn(int(24000 * seconds), generator=torch.Generator().manual_seed(int(10 * seconds)))
+        return sesame.Segment(text=text, speaker=speaker, audio=audio)
+
+    return [segment(0.8, "hello there", 0), segment(0.4, "well", 1)]
+
+
+SPEECH = ("some text", 0, segments())
+GREEDY = {"max_audio_length_ms": 800, "topk": 1}
+
+
+@pytest.mark.parametrize("kind", [sesame.Generator, sesame.StreamingGenerator])
+def test_generator_speaks_the_same(kind: Any) -> None:
+    generator = kind(sesame.build("fork"))
+    wanted, marks = generator.generate(*SPEECH, **GREEDY), list(generator._watermarker.calls)
+    streams = hasattr(generator, "generate_stream")
+    wanted_chunks = list(generator.generate_stream(*SPEECH, **GREEDY)) if streams else []
+    assert accelerate(generator, **QUIET) is generator
+    generator._watermarker.calls.clear()
+    assert torch.equal(generator.generate(*SPEECH, **GREEDY), wanted)
+    assert generator._watermarker.calls == marks
+    if streams:
+        made = list(generator.generate_stream(*SPEECH, **GREEDY))
+        assert [len(chunk) for chunk in made] == [len(chunk) for chunk in wanted_chunks]
+        assert all(torch.equal(a, b) for a, b in zip(made, wanted_chunks))
+    assert "generate.stock" not in counters(generator)
+
+
+def test_references_are_encoded_and_prefilled_once() -> None:
+    generator = sesame.Generator(sesame.build("fork"))
+    wanted = generator.generate(*SPEECH, **GREEDY)
+    accelerate(generator, **QUIET)
+    for _ in range(3):
+        assert torch.equal(generator.generate(*SPEECH, **GREEDY), wanted)
+    found = counters(generator)
+    assert (found["recordings.encoded"], found["recordings.known"]) == (2, 4)
+    assert (found["voices.miss"], found["voices.hit"]) == (1, 2)
+    with torch.no_grad():
+        generator._audio_tokenizer.tables.mul_(-1.0)
+    stock = copy.deepcopy(generator._model)
+    generator.generate(*SPEECH, **GREEDY)
+    assert counters(generator)["recordings.encoded"] == 4, "codes of another codec"
+    assert not hasattr(stock.generate_frame, "is_accelerated")
+
+
+def test_weights_that_change_are_followed() -> None:
+    model = ready("wide")
+    accelerate(model, **QUIET)
+    before = frames_of(model)
+    changes = {
+        "in place": lambda: model.backbone.layers[0].attn.q_proj.weight.data.mul_(-1.0),
+        "keys": lambda: model.decoder.layers[0].attn.k_proj.weight.data.add_(0.3),
+        "values": lambda: model.backbone.layers[1].attn.v_proj.weight.data.mul_(2.0),
+        "loaded": lambda: model.load_state_dict(sesame.build("wide", seed=5).state_dict()),
+        "replaced": lambda: setattr(model.decoder.layers[0].attn.q_proj, "weight", nn.Parameter(torch.randn(48, 48))),
+    }
+    for name, change in changes.items():
+        with torch.no_grad():
+            change()
+        stock = copy.deepcopy(model)
+        made = frames_of(model)
+        assert torch.equal(made, frames_of(stock)), name
+        assert not torch.equal(made, before), name
+        before = made
+    model.to(torch.bfloat16)
+    model.setup_caches(1)
+    frames_of(model)
+    assert model.acceleration.report().dtype == "bfloat16"
+
+
+def test_stacks_under_torch_compile() -> None:
+    """The streaming forks wrap both stacks in torch.compile when they load."""
+    model = ready()
+    wanted = frames_of(model)
+    model.backbone = torch.compile(model.backbone, backend="eager")
+    model.decoder = torch.compile(model.decoder, backend="eager")
+    assert matches(model)
+    accelerate(model, **QUIET)
+    assert torch.equal(frames_of(model), wanted)
+    assert "generate.stock" not in counters(model)
+
+
+def test_halves_are_rows_of_a_head() -> None:
+    rows = torch.arange(12.0)[:, None].expand(-1, 2)
+    assert halves(rows, 2)[:, 0].tolist() == [0, 2, 4, 1, 3, 5, 6, 8, 10, 7, 9, 11]
+
+
+# ------------------------------------------------------------------------------------------------------- what goes wrong
+
+
+@pytest.mark.parametrize("at", [0, 3])
+def test_a_fault_hands_over_to_stock(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    model = ready()
+    wanted = frames_of(model)
+    accelerate(model, **QUIET)
+    stock, calls = Engine.next_frame, []
+
+    def broken(self: Engine, *args: Any, **kwargs: Any) -> Tensor:
+        calls.append(None)
+        if len(calls) > at:
+            raise RuntimeError("injected")
+        return stock(self, *args, **kwargs)
+
+    monkeypatch.setattr(Engine, "next_frame", broken)
+    assert torch.equal(frames_of(model), wanted)
+    assert model.acceleration.guard.rung == STOCK
+    assert torch.equal(frames_of(model), wanted), "the next utterance, on the stock path from its start"
+    monkeypatch.undo()
+    model.acceleration.guard.rearm()
+    assert torch.equal(frames_of(model), wanted)
+    assert model.acceleration.guard.rung != STOCK
+
+
+def test_a_breach_of_the_guard_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ready("codebooks")
+    wanted = frames_of(model, count=12)
+    accelerate(model, progress=False, guard=GuardConfig(every=1, budget=1.0))
+    stock = Engine.emit
+    broken = []
+
+    def wrong(self: Engine, runner: Any) -> None:
+        stock(self, runner)
+        if not self.plain and len(broken) < 1 and runner.state.frame.max() == 5:
+            broken.append(None)
+            runner.state.codes[:, 3:] = (runner.state.codes[:, 3:] + 7) % 35
+
+    monkeypatch.setattr(Engine, "emit", wrong)
+    assert torch.equal(frames_of(model, count=12), wanted)
+    assert broken and model.acceleration.guard.events
+
+
+def test_calls_of_another_kind_go_to_stock() -> None:
+    model = ready()
+    tokens, mask, positions = prompt_of(model)
+    accelerate(model, **QUIET)
+    with torch.inference_mode():
+        model.reset_caches()
+        later = model.generate_frame(tokens, mask, positions + 3, 0.9, 1)
+        model.acceleration.restore()
+        model.reset_caches()
+        assert torch.equal(later, model.generate_frame(tokens, mask, positions + 3, 0.9, 1))
+
+
+def test_more_positions_than_the_buffer_go_on_with_stock() -> None:
+    model = ready()
+    wanted = frames_of(model, count=10)
+    accelerate(model, **QUIET, max_positions=12)
+    assert torch.equal(frames_of(model, count=10), wanted)
+    assert counters(model)["generate.stock"] == 1
+
+
+def test_errors_of_the_stock_call_stay_its_own() -> None:
+    model = sesame.build("tiny")
+    accelerate(model, **QUIET)
+    with pytest.raises(AssertionError, match="caches"):
+        model.generate_frame(*prompt_of(model), 0.9, 1)
+    model.setup_caches(1)
+    with pytest.raises(Exception):  # noqa: B017 (torchtune's own, of more rows than its caches hold)
+        model.generate_frame(*prompt_of(model, rows=2), 0.9, 1)
+    model.reset_caches()
+    with pytest.raises(RuntimeError):
+        model.generate_frame(*prompt_of(model), 0.9, 10_000)
+
+
+def test_modified_modules() -> None:
+    model = ready()
+    accelerate(model, **QUIET)
+
+    class Lora(nn.Linear):
+        pass
+
+    model.backbone.layers[0].attn.q_proj.__class__ = Lora
+    frames_of(model)
+    assert counters(model)["generate.stock"] == 1
+    model.backbone.layers[0].attn.q_proj.__class__ = nn.Linear
+    model.acceleration.restore()
+    hook = model.backbone.layers[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"backbone\.layers\.0 has forward hooks"):
+        accelerate(model, **QUIET)
+    hook.remove()
+    accelerate(model, **QUIET)
+    frames_of(model)
+    assert "generate.stock" not in counters(model)
+
+
+def test_restore_copies_and_pickles_are_stock() -> None:
+    generator = sesame.Generator(sesame.build("tiny"))
+    model = generator._model
+    wanted = frames_of(model)
+    accelerate(generator, **QUIET)
+    accelerate(generator, **QUIET)  # again: one of us is enough
+    copied = copy.deepcopy(model)
+    assert torch.equal(frames_of(copied), wanted)
+    loaded = pickle.loads(pickle.dumps(model))
+    assert torch.equal(frames_of(loaded), wanted)
+    generator.acceleration.restore()
+    assert not hasattr(generator, "acceleration") and not hasattr(model, "acceleration")
+    assert not {"generate_frame", "reset_caches", "setup_caches"} & set(vars(model))
+    assert "_tokenize_audio" not in vars(generator)
+    assert torch.equal(frames_of(model), wanted)
+
+
+def test_what_is_not_of_this_structure() -> None:
+    with pytest.raises(TypeError, match="Sesame"):
+        accelerate(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="drop_originals"):
+        accelerate(ready(), drop_originals=True)
+    odd = ready()
+    odd.audio_head = nn.Parameter(odd.audio_head[:-1].detach())
+    with pytest.raises(ValueError, match="codebooks"):
+        accelerate(odd, **QUIET)
+
+
+def test_policy_and_report() -> None:
+    model = ready("codebooks")
+    policy = PrecisionPolicy(name="mine", depth="int8")
+    accelerate(model, progress=False, precision=policy, max_positions=64)
+    report = model.acceleration.report()
+    assert report.policy == "mine" and report.capacity == 64
+    assert "int8" in str(report)
