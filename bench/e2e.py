@@ -161,6 +161,9 @@ def first_audio(stock: Any, models: dict[str, Any], seconds: float, rounds: int)
     ids = [*text[:40], *[config.audio_token_id] * frames, config.audio_eos_token_id, *text[40:]]
     inputs = {
         "input_ids": torch.tensor([ids]),
+        "attention_mask": torch.ones(
+            1, len(ids), dtype=torch.long
+        ),  # as the processor: inferred, it leaves the sound out
         "input_values": torch.randn(1, 1, samples, generator=generator).to(stock.dtype),
         "input_values_cutoffs": torch.tensor([[samples]]),
     }
