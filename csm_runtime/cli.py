@@ -1,4 +1,4 @@
-"""The command ``csm-accelerate``: demo, generate, verify, bench, doctor, guard-report, ab-report, monitor.
+"""The command ``csm-accelerate``: demo, generate, verify, bench, doctor, convert, guard-report, ab-report, monitor.
 
 Exit codes: 0 done, 1 something failed, 2 bad input, 130 interrupted. Errors are one line on stderr; ``--debug`` shows
 the traceback.
@@ -20,6 +20,8 @@ from csm_runtime import __version__, checkpoints, rollout, speech
 from csm_runtime.accelerate import accelerate
 from csm_runtime.calibration import Calibration
 from csm_runtime.compiling import Progress
+from csm_runtime.convert import convert_files
+from csm_runtime.csm_shape import load_flavors
 from csm_runtime.demo import DemoOptions, FrameClock, run_demo, sampling
 from csm_runtime.doctor import diagnose
 from csm_runtime.events import load_events
@@ -76,10 +78,35 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(run=_doctor)
     doctor.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
+    _add_convert(commands)
     _add_guard_report(commands)
     _add_ab_report(commands)
     _add_monitor(commands)
     return parser
+
+
+def _add_convert(commands: Any) -> None:
+    parser = commands.add_parser(
+        "convert", help="a checkpoint of Sesame's own repository to transformers' layout, or back"
+    )
+    parser.add_argument(
+        "source", metavar="SOURCE", help="a folder, a safetensors file, the index.json of several, or a .pt file"
+    )
+    parser.add_argument("out", metavar="DIR", help="folder for model.safetensors and config.json")
+    parser.add_argument("--to", choices=("hf", "sesame"), required=True, help="layout to write")
+    parser.add_argument(
+        "--codec-from", metavar="PATH", help="with --to hf, where its codec comes from: a CSM or Mimi of transformers"
+    )
+    parser.add_argument("--config", metavar="FILE", help="config.json of SOURCE (default: the one beside it)")
+    parser.add_argument(
+        "--flavors",
+        metavar="FILE",
+        help="JSON with sizes of flavors that are not Sesame's own: {name: {num_heads: ...}}",
+    )
+    parser.add_argument("--force", action="store_true", help="write over files that are there")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.set_defaults(run=_convert)
 
 
 def _add_guard_report(commands: Any) -> None:
@@ -332,6 +359,25 @@ def _bench(args: argparse.Namespace) -> int:
         raise RuntimeError(str(stop.code)) from stop
     finally:
         sys.argv = before
+    return OK
+
+
+def _convert(args: argparse.Namespace) -> int:
+    done = convert_files(
+        args.source,
+        args.out,
+        to=args.to,
+        config=args.config,
+        flavors=None if args.flavors is None else load_flavors(args.flavors),
+        codec_from=args.codec_from,
+        force=args.force,
+        progress=not args.quiet,
+    )
+    print(f"wrote {done.files[0]}: {done.tensors} tensors, {done.nbytes / 1e6:.1f} MB")
+    for path in done.files[1:]:
+        print(f"wrote {path}")
+    for note in done.notes:
+        print(f"note: {note}", file=sys.stderr)
     return OK
 
 

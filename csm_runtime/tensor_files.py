@@ -1,4 +1,4 @@
-"""Tensors of safetensors files, read one by one, and clear words for files that are not what they should be.
+"""Tensors of safetensors files, read and written one by one, and clear words for files that are not what they should be.
 
 The data are read into memory of their own, not mapped: of a mapped file all pages that were touched count as resident while it
 is open, although what was packed from them is there as well; only memory of one's own can lie in huge pages; and a mapped
@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
@@ -145,3 +146,40 @@ def _tensor(path: Path, base: int, name: str, entry: dict[str, Any]) -> StoredTe
     if last - first != nbytes:
         raise ValueError(f"tensor {name!r} has {last - first} bytes, {nbytes} are wanted for {dtype} {list(shape)}")
     return StoredTensor(path, name, dtype, tuple(shape), base + first, nbytes)
+
+
+def write_tensors(
+    path: Path, layout: Mapping[str, tuple[torch.dtype, Sequence[int]]], read: Callable[[str], Tensor]
+) -> None:
+    """Write a safetensors file of which no more than one tensor is in memory at a time.
+
+    Args:
+        path: a new file.
+        layout: dtype and shape of every tensor, which lie in this order.
+        read: gives the tensor of a name, when it is its turn.
+
+    Raises:
+        OSError: the file exists or cannot be written.
+        ValueError: a dtype that the format does not have, or a tensor that is not what ``layout`` says.
+    """
+    names = {dtype: name for name, dtype in _DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers reads no file without it
+    end = 0
+    for name, (dtype, shape) in layout.items():
+        if dtype not in names:
+            raise ValueError(f"tensor {name!r} is {dtype}, which safetensors files do not hold")
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    with path.open("xb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        for name, (dtype, shape) in layout.items():
+            tensor = read(name)
+            if tensor.dtype != dtype or tuple(tensor.shape) != tuple(shape):
+                found, wanted = f"{tensor.dtype} {list(tensor.shape)}", f"{dtype} {list(shape)}"
+                raise ValueError(f"tensor {name!r} is {found}, wanted {wanted}")
+            if tensor.numel():
+                file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
