@@ -35,6 +35,7 @@ from csm_runtime.batching import Batcher, QueueFull
 from csm_runtime.engine import Engine
 from csm_runtime.generate import as_it_was, prepared
 from csm_runtime.guard import GuardConfig, Interrupted
+from csm_runtime.slots import Slots
 
 GREEDY = {"do_sample": False, "depth_decoder_do_sample": False}
 SAMPLED = {"do_sample": True, "depth_decoder_do_sample": True}
@@ -205,7 +206,7 @@ def test_empty_slots_never_run_over_their_end(kept: Any, mode: str) -> None:
         batcher.submit(**{**call, "max_new_tokens": 9})
         for _ in range(4):
             assert torch.equal(batcher.submit(**call).result(SOON), wanted)
-        state = batcher._runner.state
+        state = batcher._slots._runner.state
         assert int(state.length[3]) <= 1 and int(state.frame[3]) > state.capacity == 64
     assert model.acceleration.metrics.counters["faults"] == faults
 
@@ -240,7 +241,8 @@ def test_nothing_is_made_anew(kept: Any, mode: str) -> None:
         batcher.submit(**text_prompt((4,)), **GREEDY, max_new_tokens=3).result(SOON)
         model.generate(**text_prompt((4, 3)), **GREEDY, max_new_tokens=2)
         runners = len(handle._engine._all())
-        runner, steps, frame = batcher._runner, batcher._runner.steps, batcher._runner.frame
+        slots = batcher._slots
+        runner, steps, frame = slots._runner, slots._runner.steps, slots._runner.frame
         with no_new_graphs():
             for call in calls(model):
                 batcher.submit(**call)
@@ -248,7 +250,7 @@ def test_nothing_is_made_anew(kept: Any, mode: str) -> None:
                 batcher.submit(**call).cancel()
             model.generate(**text_prompt((4, 3)), **GREEDY, max_new_tokens=2)
             batcher.submit(**text_prompt((30,)), **GREEDY, max_new_tokens=3).result(SOON)
-        assert (batcher._runner, batcher._runner.steps, batcher._runner.frame) == (runner, steps, frame)
+        assert (slots._runner, slots._runner.steps, slots._runner.frame) == (runner, steps, frame)
         assert len(handle._engine._all()) == runners
 
 
@@ -643,8 +645,8 @@ def test_forbidden_fallback_is_told_to_all(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_bug_in_the_batcher_is_told_to_all(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with model.acceleration.batcher(slots=2) as batcher:
         with monkeypatch.context() as patch:
-            patch.setattr(Batcher, "_frame", lambda self: 1 / 0)
-            patch.setattr(Batcher, "_stumbled", lambda self, error: 1 / 0)
+            patch.setattr(Slots, "_frame", lambda self: 1 / 0)
+            patch.setattr(Slots, "_stumbled", lambda self, error: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 batcher.submit(**text_prompt((3,)), **GREEDY, max_new_tokens=3).result(SOON)
         assert len(batcher.submit(**text_prompt((3,)), **GREEDY, max_new_tokens=3).result(SOON)) == 3

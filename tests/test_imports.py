@@ -208,6 +208,7 @@ def test_only_accelerate_and_what_stands_on_it_import_the_engine_or_the_adapter(
         "prompts.py",
         "rollout.py",
         "rounding.py",
+        "slots.py",
         "tuning.py",
         "cli.py",
         "demo.py",
