@@ -18,8 +18,9 @@ from torch import Tensor
 
 from csm_kernels.quant import QuantWeight
 from csm_runtime import compiling, hugepages, ladder, tuning
-from csm_runtime.adapters import hf, hf_call, hf_checks, sesame
+from csm_runtime.adapters import hf, hf_call, sesame
 from csm_runtime.adapters.hf_passes import Passes
+from csm_runtime.calls import Calls, HfCalls
 from csm_runtime.checks import Checks
 from csm_runtime.codec import CodecPath, cut_at_end
 from csm_runtime.decode_loop import DecodeLoop, breach_of
@@ -381,6 +382,7 @@ class Acceleration:
         self._codec_faults: list[str] = []
         self.notes: list[str] = []
         self.on_restore: list[Callable[[], None]] = []
+        self.calls: Calls = HfCalls(model, self)
         self._engine = self._build_engine()
         if isinstance(voices, bool):
             voices_or_none = Voices(metrics=self.metrics, probe=self._voice_memory()) if voices else None
@@ -614,7 +616,7 @@ class Acceleration:
     def _streaming(self, inputs: dict[str, Any], *how: Any) -> tuple[Channel, Callable[[], None]]:
         chunk_frames, ahead, watermark = how
         return stream_of(
-            self._model.generate,
+            self.calls.generate,
             inputs,
             codec=self._stream_codec,
             end_code=self._model.config.codebook_eos_token_id,
@@ -726,10 +728,10 @@ class Acceleration:
         """
         if self.voices is None:
             raise ValueError("voices are switched off; accelerate(model, voices=True) keeps them")
-        hf_checks.check_arguments(self._model, self._spec, inputs)
         with self._lock, plain_mode():
+            reference = self.calls.voice(inputs)
             self._refresh()
-            return self._prompts.add(self._passes, inputs, meta or {}, pinned)
+            return self._prompts.add(self._passes, reference, meta or {}, pinned)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None  # a copied model is a stock model

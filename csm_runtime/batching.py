@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from csm_runtime.accelerate import DEFAULT_QUEUE, Acceleration
-from csm_runtime.adapters import hf_call, hf_checks
+from csm_runtime.adapters import hf_call
 from csm_runtime.batch_size import DEFAULT_SLOTS, stored_slots
 from csm_runtime.codec import cut_at_end
 from csm_runtime.engine import BUCKETS
-from csm_runtime.generate import Seeds, plain_mode, prepared
+from csm_runtime.generate import Seeds, plain_mode
 from csm_runtime.guard import STOCK, Interrupted
 from csm_runtime.slots import Slots, Speaking
 from csm_runtime.streaming import DEFAULT_SCHEDULE, RowSound, schedule_of
@@ -29,8 +29,6 @@ from csm_runtime.utterance import Utterance
 
 logger = logging.getLogger("csm_runtime")
 
-_OWN = ("streamer", "output_audio", "return_dict_in_generate", "utterance_ids", "custom_generate")
-"""Arguments of ``generate`` that say what becomes of its frames."""
 _PATIENCE = 0.05
 """Seconds between two frames for which others that wait for the model go first: a report, or the start of a call."""
 
@@ -86,7 +84,7 @@ class Batcher:
         if type(queue) is not int or queue < 1:
             raise ValueError(f"queue must be a number of utterances of at least 1, got {queue!r}")
         self._schedule = schedule_of(chunk_frames)
-        self._model, self._handle, self._metrics = model, handle, handle.metrics
+        self._model, self._handle, self._metrics = handle._model, handle, handle.metrics
         self._count, self._limit = slots or stored_slots(model) or DEFAULT_SLOTS, queue
         self._slots = Slots(handle, self._count, self._next, self._join)
         self._change = threading.Condition()
@@ -129,19 +127,9 @@ class Batcher:
         model, handle = self._model, self._handle
         if model.__dict__.get("acceleration") is not handle:
             raise RuntimeError("the model was restored or accelerated anew since; make a new batcher")
-        for name in _OWN:
-            if inputs.get(name) not in (None, False):
-                raise ValueError(f"{name} is the batcher's own business, got {inputs[name]!r}; leave it out")
-            inputs.pop(name, None)
-        hf_checks.check_arguments(model, handle._spec, inputs)
-        ids = inputs.get("input_ids")
-        if ids is None:
-            raise ValueError("input_ids is missing: the prompt of one utterance, [1, T] or [1, T, codebooks]")
-        if ids.shape[0] != 1:
-            raise ValueError(f"input_ids has {ids.shape[0]} rows, an utterance has one; submit each row by itself")
-        frames = inputs.get("max_new_tokens")
-        if type(frames) is int:
-            self._check_room(ids.shape[1], frames)
+        room = handle.calls.check(inputs)
+        if room is not None:
+            self._check_room(*room)
         seeds = Seeds(seed, [utterance_id])
         seeds.fit(1, True)
         utterance = Utterance(
@@ -263,7 +251,7 @@ class Batcher:
         reason = handle._reason_for_stock(arguments)
         if reason is None:
             try:
-                call = prepared(self._model, arguments)
+                call = handle.calls.prepared(arguments)
                 if call.request.input_ids.shape[0] != 1:
                     raise ValueError(f"an utterance is one row, got {call.request.input_ids.shape[0]} of them")
                 handle._check_room(call.request)

@@ -205,15 +205,14 @@ class FrameByFrame:
         self, tokens: Tensor, mask: Tensor, positions: Tensor, temperature: float, topk: int
     ) -> tuple[Tensor, Breach | None]:
         handle, rows = self._handle, len(tokens)
-        runner = self._seated(rows)
-        engine, state = self._seat.engine, runner.state  # type: ignore[union-attr]
-        books = handle._spec.codebooks
+        seat, runner = self._seated(rows)
+        engine, state = seat.engine, runner.state
         spoken = tokens.shape[1] == 1 and bool(mask[..., :-1].all()) and not bool(mask[..., -1].any())
         start = time.perf_counter()
         first = not (self._loaded and spoken)
         request = sesame_call.request_of(self._model, *self._all(tokens, mask, positions, first), temperature, topk, 1)
         if first:
-            self._load(runner, request, rows)
+            self._load(seat, runner, request, rows)
             handle.metrics.observe("prefill", time.perf_counter() - start)
         else:
             state.codes[:rows].copy_(tokens[:, 0, :-1])
@@ -226,12 +225,14 @@ class FrameByFrame:
             handle.metrics.observe("first_frame", time.perf_counter() - start)
         trace = None if self._watch is None else engine.trace(runner, rows)
         alive = torch.ones(rows, dtype=torch.bool, device=codes.device)
-        sample = None if trace is None else Sample(len(self._frames), *trace, alive)
+        sample = None
+        if trace is not None:
+            parts = (trace.hidden, trace.codes, trace.first_logits, trace.logits)
+            sample = Sample(len(self._frames), *parts, alive)
         if int(state.faults):
             if self._watch is not None and sample is not None:
                 self._watch.kept.append(sample)
             raise FrameFault(Fault(int(state.faults)))
-        assert codes.shape == (rows, books)
         self._frames.append(codes)
         breach = None
         if self._watch is not None:
@@ -246,10 +247,9 @@ class FrameByFrame:
         tokens, mask, positions = (torch.cat(part, dim=1) for part in parts)
         return tokens, mask, positions
 
-    def _load(self, runner: Any, request: Any, rows: int) -> None:
+    def _load(self, seat: Seat, runner: Any, request: Any, rows: int) -> None:
         """Run tokens through the backbone, behind what it has seen, and have the runner stand behind them."""
-        handle, state, seat = self._handle, runner.state, self._seat
-        assert seat is not None
+        handle, state = self._handle, runner.state
         none = request.input_ids.new_zeros(rows, 0, handle._spec.codebooks)
         if self._loaded:
             length = self._length
@@ -275,15 +275,15 @@ class FrameByFrame:
         self._watch = handle._watch(seat, runner, whole, len(self._frames))
         self._loaded = True
 
-    def _seated(self, rows: int) -> Any:
-        """The runner of this batch, its own; what is loaded stays so while neither rung nor weights have changed."""
+    def _seated(self, rows: int) -> tuple[Seat, Any]:
+        """What this batch is made with, and a runner of its own; what is loaded stays so while neither rung nor weights have changed."""
         handle, size = self._handle, bucket_for(rows)
         runner, seat = self._runner, self._seat
         under = handle.guard.rung, handle._revision
         valid = runner is not None and runner.ready and not runner.dropped and runner.state.rows == size
         if seat is not None and valid and self._under == under:
             seat.engine.plain = ladder.plain_parts(handle.guard.rung)  # a replay of an incident sets it to its own
-            return runner
+            return seat, runner
         self._unload()
         seat = handle._seat_in_force(size)
         if not valid or self._seat is None or seat.engine is not self._seat.engine:
@@ -292,7 +292,7 @@ class FrameByFrame:
         self._seat, self._runner = seat, runner
         seat.engine.make_ready(runner)
         self._under = handle.guard.rung, handle._revision
-        return runner
+        return seat, runner
 
     def _unload(self) -> None:
         """Before the next frame everything that has been fed goes through the backbone again."""

@@ -28,7 +28,7 @@ _METHODS = ("generate_frame", "reset_caches", "setup_caches")
 _RECORDINGS = 64
 """Recordings whose codes a generator remembers: some 40 kB each, of 12 s."""
 FRAME_MS = 80
-_CALL = {
+_CALL: dict[str, Any] = {
     "text": None,
     "speaker": None,
     "context": (),
@@ -69,6 +69,7 @@ def accelerate_sesame(target: Any, options: dict[str, Any]) -> Any:
         previous.restore()
     handle = twin.acceleration
     frames = FrameByFrame(model, handle)
+    handle.calls = SesameCalls(model, generator, frames, handle)
     for name in _METHODS:
         model.__dict__[name] = Method(frames, name)
     model.__dict__["acceleration"] = handle

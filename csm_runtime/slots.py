@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from csm_runtime import ladder
-from csm_runtime.adapters import hf_call
 from csm_runtime.adapters.hf_passes import Prefilled
+from csm_runtime.calls import Call
 from csm_runtime.checks import Sample
 from csm_runtime.decode_loop import FrameFault, breach_of, looked
 from csm_runtime.engine import bucket_for
-from csm_runtime.generate import Prepared, Seeds, as_it_was, seeded
+from csm_runtime.generate import Seeds
 from csm_runtime.guard import FAST, STOCK, Breach, Interrupted, Watch
 from csm_runtime.kv import Fault
 from csm_runtime.ladder import Seat
@@ -77,7 +77,7 @@ class Speaking:
     """An utterance in its slot."""
 
     utterance: Speaker
-    call: Prepared
+    call: Call
     frames: list[Tensor] = field(default_factory=list)
     """``[1, codebooks]`` int64 each, on the model's device."""
     row: int = -1
@@ -90,21 +90,15 @@ class Speaking:
     """Frames that were there when its row was loaded: those after them are of the steps in use."""
 
 
-class _Feed:
-    """The streamer of an utterance on the stock path."""
+def _put_to(utterance: Speaker) -> Callable[[Tensor], None]:
+    """Passes frames of the stock path on, for as long as anybody wants them."""
 
-    def __init__(self, utterance: Speaker, with_prompt: bool) -> None:
-        self._utterance, self._is_prompt = utterance, with_prompt
-
-    def put(self, value: Tensor) -> None:
-        if self._utterance.done:
+    def put(frame: Tensor) -> None:
+        if utterance.done:
             raise StreamClosed
-        if not self._is_prompt:
-            self._utterance.take(value[0])
-        self._is_prompt = False
+        utterance.take(frame)
 
-    def end(self) -> None:
-        """Whoever asked for the frames knows."""
+    return put
 
 
 class Slots:
@@ -302,7 +296,7 @@ class Slots:
         """Everything that the frames of a row read set to an utterance's values."""
         handle, state, request, made = self._handle, runner.state, one.call.request, len(one.frames)
         one.length = state.load_row(one.row, prompt.layers, prompt.hidden, mask, last, made)
-        state.set_end(request.eos_token, handle._spec.codebooks - 1, 0)  # a pad for idle rows, that every table has
+        state.set_end(request.eos_token, request.judged, 0)  # a pad for idle rows, that every table has
         row = slice(one.row, one.row + 1)
         handle._set_drawing(runner, row, row, request, one.utterance.seeds)
         one.watch = handle._watch(seat, runner, request, made, one.row)
@@ -460,18 +454,10 @@ class Slots:
         Raises:
             Exception: of the stock model.
         """
-        model, ids = self._model, arguments["input_ids"]
-
-        def speak() -> Any:
-            return type(model).generate(model, **arguments, streamer=_Feed(utterance, with_prompt=True))
-
         try:
-            with as_it_was(model.depth_decoder.generation_config):
-                made = seeded(utterance.seeds, speak)
+            codes = self._handle.calls.speak_on_stock(arguments, utterance.seeds, _put_to(utterance))
         except StreamClosed:
             return
-        sequences = made if isinstance(made, Tensor) else made.sequences
-        codes = sequences[0, ids.shape[1] if ids.ndim == 3 else 0 :]
         self._count_stock(len(codes))
         utterance.finish(codes.cpu())
 
@@ -482,18 +468,8 @@ class Slots:
             StreamClosed: nobody wants any more of it.
             Exception: of the stock model.
         """
-        model, call, made = self._model, one.call, self._made(one)
-        config = model.depth_decoder.generation_config
-        ended = torch.zeros(1, dtype=torch.bool, device=made.device)
-        feed = _Feed(one.utterance, with_prompt=False)
-
-        def go_on() -> Tensor:
-            return hf_call.continue_on_stock(model, call.request, made, ended, call.processors, call.config, feed)
-
-        with as_it_was(config):
-            vars(config).clear()
-            vars(config).update(call.depth_config)
-            codes = seeded(one.utterance.seeds, go_on, made.shape[1])[0]
+        made, utterance = self._made(one), one.utterance
+        codes = self._handle.calls.finish_on_stock(one.call, made, _put_to(utterance), utterance.seeds)
         self._count_stock(len(codes) - made.shape[1])
         return codes
 

@@ -456,7 +456,7 @@ class PackedWeights:
         """Make the copies that are missing or out of date; names of the latter."""
         stale: list[str] = []
         jobs: dict[str, Callable[[], _Copy]] = {}
-        self._marks = marks = {}
+        marks = self._marks = dict[tuple[Any, ...], Tensor]()
         for name, want in asked.items():
             mark = None
             if not want.source.is_meta:

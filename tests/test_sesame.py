@@ -16,6 +16,7 @@ from scipy.stats import chi2_contingency
 
 from csm_runtime import PrecisionPolicy, accelerate
 from csm_runtime.adapters.sesame import Twin, halves, matches
+from csm_runtime.context import prioritize_context, sound_positions
 from csm_runtime.engine import Engine
 from csm_runtime.guard import FAST, STOCK, GuardConfig
 
@@ -403,3 +404,135 @@ def test_policy_and_report() -> None:
     report = model.acceleration.report()
     assert report.policy == "mine" and report.capacity == 64
     assert "int8" in str(report)
+
+
+# ------------------------------------------------------------------------------------- streams, batches, voices, by text
+
+TEXT = {"text": "some text", "speaker": 0, "max_audio_length_ms": 800, "topk": 1}
+
+
+def codes_of(generator: Any, **call: Any) -> Tensor:
+    """``[F, C]`` of the stock loop, the frame that ends speech not among them."""
+    text, speaker, context = call["text"], call["speaker"], call.get("context", [])
+    with torch.inference_mode():
+        generator._model.reset_caches()
+        prompt, mask = generator._prompt(text, speaker, context)
+        frames = list(generator._speak(prompt, mask, call["max_audio_length_ms"] // 80, 0.9, call["topk"]))
+    return torch.cat(frames).long()
+
+
+@pytest.mark.parametrize("chunk_frames", [1, (2, 3)])
+def test_streams_are_the_offline_sound(chunk_frames: Any) -> None:
+    generator = sesame.Generator(sesame.build("fork"))
+    wanted = generator._decode(list(codes_of(generator, **TEXT, context=segments())[:, None]))
+    accelerate(generator, **QUIET)
+    with generator.acceleration.stream(**TEXT, context=segments(), chunk_frames=chunk_frames) as stream:
+        chunks = list(stream)
+    made = torch.cat([chunk.samples for chunk in chunks])
+    assert chunks[0].frames == (chunk_frames if isinstance(chunk_frames, int) else chunk_frames[0])
+    assert made.dtype == torch.float32 and made.shape == wanted.shape
+    assert float((made - wanted).abs().max()) < 1e-4
+
+
+def test_batches_speak_what_each_speaks_alone() -> None:
+    generator = sesame.Generator(sesame.build("fork"))
+    calls = [{**TEXT, "text": f"text number {n}", "speaker": n % 2} for n in range(5)]
+    wanted = [codes_of(generator, **call) for call in calls]
+    accelerate(generator, **QUIET)
+    with generator.acceleration.batcher(slots=2) as batcher:
+        utterances = [batcher.submit(**call) for call in calls]
+        made = [utterance.result(60) for utterance in utterances]
+        sound = utterances[0].audio(60)
+    assert all(torch.equal(a, b) for a, b in zip(made, wanted))
+    assert len(sound) == 1920 * len(wanted[0])
+
+
+def test_a_stream_beside_an_utterance_of_the_callers_own() -> None:
+    generator = sesame.Generator(sesame.build("fork"))
+    model, wanted = generator._model, frames_of(generator._model)
+    accelerate(generator, **QUIET)
+    with torch.inference_mode():
+        model.reset_caches()
+        call, out = prompt_of(model), []
+        for number in range(8):
+            if number == 3:
+                with generator.acceleration.stream(**TEXT) as stream:
+                    assert len(list(stream)) == 10
+            out.append(model.generate_frame(*call, 0.9, 1))
+            call = fed_back(out[-1], call[2])
+    assert torch.equal(torch.stack(out, dim=1), wanted)
+
+
+@pytest.mark.parametrize("stumbles", [0, 4])
+def test_streams_and_batches_on_the_stock_path(monkeypatch: pytest.MonkeyPatch, stumbles: int) -> None:
+    """From the start, and after a fault in the middle; beside an utterance of the caller's own on the stock path."""
+    generator = sesame.Generator(sesame.build("fork"))
+    model, own = generator._model, frames_of(generator._model)
+    wanted = codes_of(generator, **TEXT)
+    accelerate(generator, **QUIET)
+    stock, calls = Engine.next_frame, []
+
+    def broken(self: Engine, *args: Any, **kwargs: Any) -> Tensor:
+        calls.append(None)
+        if len(calls) > stumbles:
+            raise RuntimeError("injected")
+        return stock(self, *args, **kwargs)
+
+    monkeypatch.setattr(Engine, "next_frame", broken)
+    with generator.acceleration.batcher(slots=2) as batcher:
+        assert torch.equal(batcher.submit(**TEXT).result(60), wanted)
+    with torch.inference_mode():
+        model.reset_caches()
+        call, out = prompt_of(model), []
+        for number in range(8):
+            if number == 3:
+                with generator.acceleration.stream(**TEXT, chunk_frames=4) as stream:
+                    sound = torch.cat([chunk.samples for chunk in stream])
+            out.append(model.generate_frame(*call, 0.9, 1))
+            call = fed_back(out[-1], call[2])
+    assert torch.equal(torch.stack(out, dim=1), own)
+    assert len(sound) == 1920 * len(wanted)
+
+
+def test_voices_before_anybody_speaks() -> None:
+    generator = sesame.Generator(sesame.build("fork"))
+    wanted = codes_of(generator, **TEXT, context=segments())
+    accelerate(generator, **QUIET)
+    profile = generator.acceleration.add_voice(context=segments())
+    assert profile.positions > 15
+    with generator.acceleration.batcher(slots=1) as batcher:
+        assert torch.equal(batcher.submit(**TEXT, context=segments()).result(60), wanted)
+    assert counters(generator)["voices.hit"] == 1
+    with pytest.raises(ValueError, match="context"):
+        generator.acceleration.add_voice(text="no reference")
+
+
+def test_calls_of_a_model_alone_are_tokens() -> None:
+    model = ready()
+    wanted = frames_of(model, count=6)
+    accelerate(model, **QUIET)
+    tokens, mask, _ = prompt_of(model)
+    call = {"tokens": tokens, "tokens_mask": mask, "max_audio_length_ms": 480, "topk": 1}
+    with model.acceleration.batcher(slots=1) as batcher:
+        assert torch.equal(batcher.submit(**call).result(60), wanted[0].long())
+        with pytest.raises(TypeError, match="tokens"):
+            batcher.submit(text="hello", speaker=0)
+        with pytest.raises(TypeError, match="top_k"):
+            batcher.submit(**call, top_k=3)
+        with pytest.raises(ValueError, match="topk must be"):
+            batcher.submit(**{**call, "topk": 0})
+        with pytest.raises(ValueError, match="temperature"):
+            batcher.submit(**call, temperature=0.0)
+        with pytest.raises(ValueError, match="tokens and tokens_mask"):
+            batcher.submit(**{**call, "tokens_mask": mask[:, :-1]})
+        with pytest.raises(ValueError, match="max_audio_length_ms"):
+            batcher.submit(**{**call, "max_audio_length_ms": 10})
+        late = batcher.submit(**{**call, "max_audio_length_ms": 10**6})
+        with pytest.raises(ValueError, match="too long"):
+            late.result(60)
+
+
+def test_context_is_chosen_among_sesames_segments() -> None:
+    many = [sesame.Segment(text=f"turn {n}", speaker=n % 2, audio=torch.zeros(24000)) for n in range(20)]
+    choice = prioritize_context(many, "what is said", speaker=0, budget=120, count=sound_positions)
+    assert 2 <= len(choice.segments) < 20 and all(type(one) is sesame.Segment for one in choice.segments)

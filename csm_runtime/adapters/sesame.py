@@ -86,7 +86,7 @@ def _odd(layer: Any, training: bool) -> str | None:
     for name in ("sa_scale", "mlp_scale"):
         if type(getattr(layer, name, None)) not in (nn.Identity, type(None)):
             return f".{name} is a {type(getattr(layer, name)).__name__}"
-    if training and getattr(attn, "attn_dropout", 0.0):
+    if training and attn.attn_dropout:
         return ".attn drops out: call eval() first"
     if type(mlp.activation) is not nn.SiLU:
         return f".mlp.activation is a {type(mlp.activation).__name__}, not SiLU"
