@@ -107,7 +107,7 @@ class FrameByFrame:
 
     def lend(self) -> None:
         """Somebody else is about to use the stock model's caches."""
-        self._lent = self._on_stock
+        self._lent = True
 
     def close(self) -> None:
         """Let go of the engine's buffers."""
@@ -149,9 +149,11 @@ class FrameByFrame:
 
     def _hand_over(self) -> None:
         """Fill the stock model's caches with what has been fed; it speaks the rest of the utterance."""
-        self._on_stock, self._lent = True, False
+        lent, self._on_stock, self._lent = self._lent, True, False
         self._unload()
         if not self._fed:
+            if lent:
+                self._kind.reset_caches(self._model)
             return
         tokens, mask, positions = (torch.cat(part, dim=1) for part in zip(*self._fed))
         with torch.no_grad():
@@ -210,16 +212,17 @@ class FrameByFrame:
         spoken = tokens.shape[1] == 1 and bool(mask[..., :-1].all()) and not bool(mask[..., -1].any())
         start = time.perf_counter()
         first = not (self._loaded and spoken)
-        request = sesame_call.request_of(self._model, *self._all(tokens, mask, positions, first), temperature, topk, 1)
-        if first:
-            self._load(seat, runner, request, rows)
-            handle.metrics.observe("prefill", time.perf_counter() - start)
-        else:
-            state.codes[:rows].copy_(tokens[:, 0, :-1])
-        if self._drawing != (temperature, topk):
+        if first or self._drawing != (temperature, topk):
+            fed = self._all(tokens, mask, positions, first)
+            request = sesame_call.request_of(self._model, *fed, temperature, topk, 1)
+            if first:
+                self._load(seat, runner, request, rows)
+                handle.metrics.observe("prefill", time.perf_counter() - start)
             assert self._seeds is not None
             handle._set_drawing(runner, slice(None), slice(rows), request, self._seeds)
             self._drawing = temperature, topk
+        if not first:
+            state.codes[:rows].copy_(tokens[:, 0, :-1])
         codes = engine.next_frame(runner, first=first)[:rows].clone()
         if not self._frames:
             handle.metrics.observe("first_frame", time.perf_counter() - start)
@@ -270,13 +273,12 @@ class FrameByFrame:
         if self._seeds is None:
             self._seeds = Seeds(None, None)
             self._seeds.fit(rows, True)
-        self._drawing = None
         whole = request if total == request.input_ids.shape[1] else sesame_call.lengthened(request, total)
         self._watch = handle._watch(seat, runner, whole, len(self._frames))
         self._loaded = True
 
     def _seated(self, rows: int) -> tuple[Seat, Any]:
-        """What this batch is made with, and a runner of its own; what is loaded stays so while neither rung nor weights have changed."""
+        """What this batch is made with, and a runner of its own; neither another rung nor other weights find it loaded."""
         handle, size = self._handle, bucket_for(rows)
         runner, seat = self._runner, self._seat
         under = handle.guard.rung, handle._revision
