@@ -31,6 +31,9 @@ PACKAGES = (
     "tqdm",
     "rich",
     "psutil",
+    "prometheus-client",
+    "nvidia-ml-py",
+    "torchtune",
 )
 
 
