@@ -248,7 +248,7 @@ class Prompted(NamedTuple):
 
 
 class SesameCalls:
-    """Whole utterances for streams, batchers and voices, as :class:`csm_runtime.generate.HfCalls` has them of transformers.
+    """Whole utterances for streams, batchers and voices, as :class:`csm_runtime.calls.HfCalls` has them of transformers.
 
     Arguments of a call are those of ``Generator.generate``: ``text``, ``speaker``, ``context``, ``max_audio_length_ms``,
     ``temperature`` and ``topk``; or, in place of the first three, the ``tokens`` and ``tokens_mask`` of ``generate_frame``.
@@ -287,7 +287,10 @@ class SesameCalls:
 
             def rest(made: Tensor, ended: Tensor) -> Tensor:
                 assert call is not None
-                return self.finish_on_stock(call, made, put, seeds)[None]
+                whole = self.finish_on_stock(call, made, put, seeds)[None]
+                if streamer is not None:
+                    streamer.end()
+                return whole
 
             if reason is None:
                 call, handle._busy = self.prepared(arguments), True

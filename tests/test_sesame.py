@@ -494,6 +494,24 @@ def test_streams_and_batches_on_the_stock_path(monkeypatch: pytest.MonkeyPatch, 
     assert len(sound) == 1920 * len(wanted)
 
 
+def test_a_stream_whose_frames_fail_is_spoken_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = sesame.Generator(sesame.build("fork"))
+    wanted = generator._decode(list(codes_of(generator, **TEXT)[:, None]))
+    accelerate(generator, **QUIET)
+    stock, calls = Engine.next_frame, []
+
+    def broken(self: Engine, *args: Any, **kwargs: Any) -> Tensor:
+        calls.append(None)
+        if len(calls) > 6:
+            raise RuntimeError("injected")
+        return stock(self, *args, **kwargs)
+
+    monkeypatch.setattr(Engine, "next_frame", broken)
+    with generator.acceleration.stream(**TEXT, chunk_frames=4) as stream:
+        made = torch.cat([chunk.samples for chunk in stream])
+    assert made.shape == wanted.shape and float((made - wanted).abs().max()) < 1e-4
+
+
 def test_voices_before_anybody_speaks() -> None:
     generator = sesame.Generator(sesame.build("fork"))
     wanted = codes_of(generator, **TEXT, context=segments())
