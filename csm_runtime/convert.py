@@ -28,10 +28,12 @@ from csm_runtime.csm_shape import (
     AUDIO_TABLE,
     FLAVORS,
     LAYER,
+    SPECIAL,
     STACKS,
     Flavor,
     Shape,
     hf_config,
+    load_flavors,
     sesame_config,
     shape_of_hf,
     shape_of_sesame,
@@ -297,9 +299,10 @@ def convert_files(
         out: folder to write to.
         to: ``"hf"`` or ``"sesame"``.
         config: of the source; by default ``config.json`` beside it, and without one what the sizes of the tensors say.
-        flavors: beside :data:`FLAVORS`. Those that ``config.json`` of Sesame's layout needs besides are written to
-            ``flavors.json``.
-        codec_from: with ``to="hf"``, a checkpoint of a whole CSM or of Mimi alone in transformers' layout.
+        flavors: beside :data:`FLAVORS` and what ``flavors.json`` beside the source has. Those that ``config.json`` of
+            Sesame's layout needs besides are written to ``flavors.json``.
+        codec_from: with ``to="hf"``, a checkpoint of a whole CSM or of Mimi alone in transformers' layout. A CSM gives the
+            ids of its special tokens too, which otherwise are those of Llama 3's vocabulary.
         force: write over files that are there.
         progress: show a progress bar on stderr.
 
@@ -313,8 +316,9 @@ def convert_files(
     if codec_from is not None and to != HF:
         raise ValueError("codec_from is for to='hf'; Sesame's layout holds no codec")
     source, out = Path(source), Path(out)
-    known = {**FLAVORS, **(flavors or {})}
     files = _weight_files(source, to)
+    beside = files[0].parent / "flavors.json"
+    known = {**FLAVORS, **(load_flavors(beside) if beside.is_file() else {}), **(flavors or {})}
     stored = _open(files)
     layout = _layout(stored)
     if layout == to:
@@ -326,9 +330,9 @@ def convert_files(
     tensors = {name: _moved(move, stored) for move in moves for name in move.targets}
     texts: dict[str, Any] = {}
     if to == HF:
-        codec, settings = _codec(codec_from, shape, notes)
+        codec, settings, special = _codec(codec_from, shape, notes)
         tensors |= codec
-        texts["config.json"] = hf_config(shape, settings, stored["codebook0_head.weight"].dtype)
+        texts["config.json"] = hf_config(shape, settings, stored["codebook0_head.weight"].dtype) | special
         notes.append("tokenizer, processor and generation config are not made; copy them from a CSM of transformers")
     else:
         args, new = sesame_config(shape, known)
@@ -441,17 +445,17 @@ def _shape_of_files(
 
 def _codec(
     path: str | os.PathLike[str] | None, shape: Shape, notes: list[str]
-) -> tuple[dict[str, _Stored], dict[str, Any] | None]:
-    """The codec's tensors under the names they have in a CSM, and its config."""
+) -> tuple[dict[str, _Stored], dict[str, Any] | None, dict[str, Any]]:
+    """The codec's tensors under the names they have in a CSM, its config, and ids of the CSM it comes from."""
     if path is None:
         notes.append("there is no codec in it: transformers would make one of random weights; see --codec-from")
-        return {}, None
+        return {}, None, {}
     files = _weight_files(Path(path), SESAME)
-    stored, config = _open(files), _json(files[0].parent / "config.json")
+    stored, config = _open(files), _json(files[0].parent / "config.json") or {}
     tensors = {name: tensor for name, tensor in stored.items() if name.startswith(_CODEC)}
-    settings = (config or {}).get("codec_config")
-    if not tensors and (config or {}).get("model_type") == "mimi":
-        tensors, settings = {_CODEC + name: tensor for name, tensor in stored.items()}, config
+    settings, special = config.get("codec_config"), {name: config[name] for name in SPECIAL if name in config}
+    if not tensors and config.get("model_type") == "mimi":
+        tensors, settings, special = {_CODEC + name: tensor for name, tensor in stored.items()}, config, {}
     if not tensors:
         raise ValueError(
             f"{path} holds no codec: neither a CSM of transformers with one, nor a 'mimi' with its config.json"
@@ -461,7 +465,7 @@ def _codec(
         raise ValueError(
             f"the codec of {path} has {settings.get('num_quantizers', 32)} codebooks, the CSM {shape.codebooks}"
         )
-    return tensors, settings
+    return tensors, settings, special
 
 
 def _write(

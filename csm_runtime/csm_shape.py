@@ -131,7 +131,7 @@ _HF_DEPTH_DEFAULTS: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 33,
 }
-_SPECIAL = {"pad_token_id": 128_002, "bos_token_id": 128_000, "audio_token_id": 128_002, "audio_eos_token_id": 128_003}
+SPECIAL = {"pad_token_id": 128_002, "bos_token_id": 128_000, "audio_token_id": 128_002, "audio_eos_token_id": 128_003}
 """Ids of Llama 3's vocabulary that CSM's processor uses."""
 _ARGS = ("backbone_flavor", "decoder_flavor", "text_vocab_size", "audio_vocab_size", "audio_num_codebooks")
 
@@ -245,7 +245,7 @@ def hf_config(shape: Shape, codec: Mapping[str, Any] | None = None, dtype: torch
         **top,
         "codebook_eos_token_id": 0,
         "codebook_pad_token_id": shape.audio_vocab - 1,
-        **_SPECIAL,
+        **SPECIAL,
         "tie_codebooks_embeddings": True,
         "depth_decoder_config": {
             "model_type": "csm_depth_decoder_model",
