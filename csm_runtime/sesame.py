@@ -229,7 +229,9 @@ class StreamedCodec:
                 self._state = codec.get_streaming_state()
             else:
                 codec.set_streaming_state(self._state)
-            made = codec.decode(codes.transpose(1, 2))
+            # On CUDA moshi captures a graph for one number of frames, and chunks have any.
+            step = 1 if codes.device.type == "cuda" else codes.shape[1]
+            made = torch.cat([codec.decode(part) for part in codes.transpose(1, 2).split(step, dim=2)], dim=-1)
         finally:
             codec.set_streaming_state(before)
         self.frames += codes.shape[1]

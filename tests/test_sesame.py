@@ -19,6 +19,7 @@ from csm_runtime.adapters.sesame import Twin, halves, matches
 from csm_runtime.context import prioritize_context, sound_positions
 from csm_runtime.engine import Engine
 from csm_runtime.guard import FAST, STOCK, GuardConfig
+from csm_runtime.sesame import GeneratorCodec
 
 QUIET = {"progress": False, "guard": False, "mode": "eager"}
 """Steps as they are: what is tested here is what stands around them."""
@@ -554,3 +555,24 @@ def test_context_is_chosen_among_sesames_segments() -> None:
     many = [sesame.Segment(text=f"turn {n}", speaker=n % 2, audio=torch.zeros(24000)) for n in range(20)]
     choice = prioritize_context(many, "what is said", speaker=0, budget=120, count=sound_positions)
     assert 2 <= len(choice.segments) < 20 and all(type(one) is sesame.Segment for one in choice.segments)
+
+
+def test_streams_side_by_side_share_moshis_codec() -> None:
+    """Each with a state of its own, beside the caller's own streaming."""
+    pytest.importorskip("moshi", reason="moshi is not installed: it pins older versions of torch and numpy")
+    tokenizer = sesame.small_mimi(4, bins=35)
+    codec = GeneratorCodec(tokenizer)
+    codes = [torch.randint(0, 35, (1, 9, 4), generator=torch.Generator().manual_seed(n)) for n in range(3)]
+    with torch.no_grad():
+        wanted = [codec.decode(one.transpose(1, 2)).audio_values[:, 0] for one in codes]
+        streams, made = [codec.stream(), codec.stream()], [[], [], []]
+        with tokenizer.streaming(1):
+            for start in range(0, 9, 3):
+                for number, stream in enumerate(streams):
+                    made[number].append(stream.decode(codes[number][:, start : start + 3]))
+                made[2].append(tokenizer.decode(codes[2][:, start : start + 3].transpose(1, 2))[:, 0])
+    assert not tokenizer.is_streaming
+    for parts, whole in zip(made, wanted):
+        assert float((torch.cat(parts, dim=-1) - whole).abs().max()) < 1e-4 * max(1.0, float(whole.abs().max()))
+    with pytest.raises(IndexError, match="0 to 34"):
+        streams[0].decode(codes[0] + 40)
