@@ -26,9 +26,10 @@ from csm_runtime.codec import CodecPath, cut_at_end
 from csm_runtime.decode_loop import DecodeLoop, breach_of
 from csm_runtime.engine import BUCKETS, Engine, bucket_for
 from csm_runtime.events import GuardEvent
-from csm_runtime.generate import FastGenerate, Seeds, Turns, plain_mode
+from csm_runtime.generate import FastGenerate, Prepared, Seeds, Turns, plain_mode
 from csm_runtime.guard import FAST, STOCK, Breach, Finding, Guard, GuardConfig, Watch
 from csm_runtime.ladder import Seat
+from csm_runtime.many_rows import ManyRows
 from csm_runtime.memory import CacheClearing, MemoryReading, cuda_probe, process_probe, source_of
 from csm_runtime.metrics import Metrics
 from csm_runtime.packed_store import PackedStore
@@ -99,7 +100,7 @@ def accelerate(
             at most 4096. A call that needs more than a value given here is an error; one that needs more than the
             default goes to the stock path.
         batch_sizes: batch sizes to compile for now; others are compiled when first used. Sizes round up to
-            1, 2, 4, 8 and 16; larger batches take the stock path.
+            1, 2, 4, 8 and 16; rows of a larger batch take turns in 16 slots.
         mode: ``"auto"`` (``"native"`` on a CPU, or ``"compile"`` where the native kernels were not built; ``"graph"`` on
             CUDA), ``"native"`` (native CPU kernels), ``"compile"`` (torch.compile), ``"graph"`` (the fused kernels, a CUDA
             graph per frame), ``"kernels"`` (the fused kernels, launched one by one), ``"library"`` (a CUDA graph of
@@ -967,16 +968,23 @@ class Acceleration:
             logger.warning("generate() takes the stock path: %s", reason)
 
     def _run(
-        self, request: hf_call.Request, seeds: Seeds, streamer: Any, rest: Callable[[Tensor, Tensor], Tensor]
+        self, call: Prepared, seeds: Seeds, streamer: Any, rest: Callable[[Tensor, Tensor], Tensor], whole: bool
     ) -> Tensor:
         """Every frame of a call: ``[N, frames, codebooks]`` int64 on the model's device.
 
         What breaks, or fails verification, is made again on a lower rung, after a first lack of memory on the same one;
-        ``rest`` finishes on the stock path.
+        ``rest`` finishes on the stock path. ``whole`` is for :class:`~csm_runtime.many_rows.ManyRows`.
         """
+        request = call.request
         rows = request.input_ids.shape[0]
         self._check_room(request)
+        many = bucket_for(rows) is None
+        if many and streamer is not None:
+            raise hf_call.Unsupported(f"a streamer for {rows} rows, more than {BUCKETS[-1]}, which take turns")
         seeds.fit(rows, request.backbone.do_sample or request.depth.do_sample)
+        if many:
+            self._note_context(request)
+            return ManyRows(self, call, seeds, whole).run()
         loop, made_room = None, False
         self.memory.between_calls()
         while loop is None or self.guard.rung != STOCK:
@@ -1102,15 +1110,13 @@ class Acceleration:
         self.guard.distrust_codec(breach, event)
 
     def _check_room(self, request: hf_call.Request) -> None:
-        """Whether rows and positions fit. Raises ValueError or :class:`~csm_runtime.adapters.hf_call.Unsupported`."""
-        self._check_positions(request.input_ids.shape[0], request.input_ids.shape[1], request.max_frames)
+        """Whether prompt and frames fit. Raises ValueError or :class:`~csm_runtime.adapters.hf_call.Unsupported`."""
+        self._check_positions(request.input_ids.shape[1], request.max_frames)
 
-    def _check_positions(self, rows: int, tokens: int, frames: int) -> None:
+    def _check_positions(self, tokens: int, frames: int) -> None:
         """Likewise, of a prompt of so many positions."""
         capacity = self._engine.capacity
         needed = tokens + frames - 1
-        if bucket_for(rows) is None:
-            raise hf_call.Unsupported(f"a batch of {rows} rows, more than {BUCKETS[-1]}")
         if needed > capacity:
             if self._wanted_positions is not None:
                 raise ValueError(
@@ -1130,8 +1136,7 @@ class Acceleration:
             loop: the loop on a higher rung whose frames are kept, or None.
         """
         rows = request.input_ids.shape[0]
-        self.metrics.gauge("context.positions", request.input_ids.shape[1])
-        self.metrics.gauge("context.share", request.input_ids.shape[1] / self._spec.backbone.positions)
+        self._note_context(request)
         size = bucket_for(rows)
         assert size is not None
         seat = self._seat_in_force(size)
@@ -1149,6 +1154,10 @@ class Acceleration:
         state.utterance.zero_()
         self._set_drawing(runner, slice(None), slice(rows), request, seeds)
         return seat.engine, runner, self._watch(seat, runner, request, made.shape[1])
+
+    def _note_context(self, request: hf_call.Request) -> None:
+        self.metrics.gauge("context.positions", request.input_ids.shape[1])
+        self.metrics.gauge("context.share", request.input_ids.shape[1] / self._spec.backbone.positions)
 
     def _set_drawing(self, runner: Any, sampled: slice, seeded: slice, request: hf_call.Request, seeds: Seeds) -> None:
         """How some rows of a runner draw their codes, and the noise of those that are a call's."""

@@ -187,7 +187,7 @@ class Batcher:
 
     def _check_room(self, tokens: int, frames: int) -> None:
         try:
-            self._handle._check_positions(1, tokens, frames)
+            self._handle._check_positions(tokens, frames)
         except hf_call.Unsupported:
             return  # for the stock path
 

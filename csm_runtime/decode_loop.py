@@ -6,7 +6,7 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -181,12 +181,7 @@ class DecodeLoop:
             tuple(cache[:rows, :, :held].to(dtype, copy=True) for cache in layer)
             for layer in zip(state.keys, state.values)
         )
-        try:
-            hf_call.fill_cache(request.output_cache, pairs)
-        except Exception as error:  # it must not cost the utterance that is already there
-            what = f"past_key_values could not be filled: {type(error).__name__}: {error}"
-            if self._metrics.fault(what):
-                logger.warning(what, exc_info=True)
+        fill_cache(request, pairs, self._metrics)
 
     def evidence(self) -> dict[str, Tensor]:
         """What the guard's event keeps of the frames that led to the breach."""
@@ -277,6 +272,16 @@ class DecodeLoop:
             self._speech_ended = ended
             if self._streamer is not None:
                 self._streamer.put(self._mailbox.codes(index))
+
+
+def fill_cache(request: hf_call.Request, layers: Iterable[tuple[Tensor, Tensor]], metrics: Metrics) -> None:
+    """Fill a call's ``past_key_values``; what goes wrong is counted, and must not cost the utterance that is already there."""
+    try:
+        hf_call.fill_cache(request.output_cache, layers)
+    except Exception as error:
+        what = f"past_key_values could not be filled: {type(error).__name__}: {error}"
+        if metrics.fault(what):
+            logger.warning(what, exc_info=True)
 
 
 def looked(

@@ -340,6 +340,10 @@ class Engine:
         """Let go of a bucket's steps and buffers, unless somebody owns them."""
         self._runners.pop(bucket_for(rows) or 0, None)
 
+    def holds(self, rows: int) -> bool:
+        """Whether there are buffers for a batch of ``rows`` that nobody owns."""
+        return bucket_for(rows) in self._runners
+
     def _all(self) -> list[_Runner]:
         return [*self._runners.values(), *self._owned]
 

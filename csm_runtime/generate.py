@@ -38,6 +38,13 @@ class Seeds:
         self.seed = _per_row("seed", self.seed, rows)
         self.utterance_ids = _per_row("utterance_ids", self.utterance_ids, rows)
 
+    def of_row(self, row: int) -> Seeds:
+        """One row's, once the batch is known."""
+        assert self.seed is not None and self.utterance_ids is not None, "fit() comes first"
+        one = Seeds(self.seed[row : row + 1], self.utterance_ids[row : row + 1])
+        one.given = self.given
+        return one
+
 
 def _integers(name: str, value: Any) -> Tensor:
     wanted = f"{name} must be an integer of at most 64 bits, or one per row of the batch"
@@ -125,7 +132,7 @@ class FastGenerate:
             before = dict(vars(depth_config))
             handle._busy, start = True, time.perf_counter()
             streamer = arguments.get("streamer")
-            loop = self._loop(seeds, streamer)
+            loop = self._loop(seeds, streamer, bool(arguments.get("output_audio")))
             try:
                 if arguments.get("output_audio"):
                     made = stock(model, **{**arguments, "output_audio": False}, custom_generate=loop)
@@ -143,8 +150,11 @@ class FastGenerate:
             finally:
                 handle._busy = False
 
-    def _loop(self, seeds: Seeds, streamer: Any) -> Callable[..., Any]:
-        """A decode loop for stock's ``custom_generate``, which hands over neither the streamer nor the seeds."""
+    def _loop(self, seeds: Seeds, streamer: Any, audio: bool) -> Callable[..., Any]:
+        """A decode loop for stock's ``custom_generate``, which hands over neither the streamer nor the seeds.
+
+        ``audio``: whether the codec gets what it makes.
+        """
         handle = self._handle
 
         def loop(
@@ -169,7 +179,10 @@ class FastGenerate:
                     request = hf_call.read_request(
                         model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs
                     )
-                    return hf_call.output(request, handle._run(request, seeds, streamer, rest))
+                    depth_config = dict(vars(model.depth_decoder.generation_config))
+                    call = Prepared(request, logits_processor, generation_config, depth_config)
+                    whole = request.return_dict or not audio
+                    return hf_call.output(request, handle._run(call, seeds, streamer, rest, whole))
             except hf_call.Unsupported as reason:
                 handle._went_stock(str(reason))
                 return seeded(

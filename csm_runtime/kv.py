@@ -28,6 +28,13 @@ _FAULTS = {
 }
 
 
+def bytes_of(spec: ModelSpec, rows: int, capacity: int, dtype: torch.dtype) -> int:
+    """Bytes that the KV buffers of a :class:`State` hold."""
+    b, d = spec.backbone, spec.depth
+    per_row = b.layers * b.kv_heads * capacity * b.head_dim + d.layers * d.kv_heads * spec.codebooks * d.head_dim
+    return 2 * rows * per_row * dtype.itemsize
+
+
 class State:
     """Everything of a batch of utterances that changes from frame to frame, preallocated.
 

@@ -207,6 +207,7 @@ def test_only_accelerate_and_what_stands_on_it_import_the_engine_or_the_adapter(
         "generate.py",
         "ladder.py",
         "loading.py",
+        "many_rows.py",
         "prompts.py",
         "rollout.py",
         "rounding.py",

@@ -187,10 +187,10 @@ def test_an_empty_cache_of_the_callers_own_is_filled(shared: Any) -> None:
             torch.testing.assert_close(a.keys, b.keys, rtol=1e-4, atol=1e-5)
 
 
-def test_a_batch_beyond_the_largest_bucket(shared: Any) -> None:
+def test_a_streamed_batch_beyond_the_largest_bucket(shared: Any) -> None:
     model, prompt = shared(), text_prompt([4] * 17)
-    with on_stock_path(model, "a batch of 17 rows"):
-        ours = model.generate(**prompt, **GREEDY, max_new_tokens=2)
+    with on_stock_path(model, "a streamer for 17 rows"):
+        ours = model.generate(**prompt, **GREEDY, max_new_tokens=2, streamer=Recorder())
     assert torch.equal(ours, stock(model, **prompt, **GREEDY, max_new_tokens=2))
 
 
@@ -260,7 +260,7 @@ def test_sampling_on_the_stock_path_follows_torchs_seed(shared: Any) -> None:
     model, prompt = shared(), text_prompt([4] * 17)
     options = {"do_sample": True, "depth_decoder_do_sample": False, "max_new_tokens": 2}
     torch.manual_seed(3)
-    ours = model.generate(**prompt, **options)
+    ours = model.generate(**prompt, **options, streamer=Recorder())
     torch.manual_seed(3)
     assert torch.equal(ours, stock(model, **prompt, **options))
 
@@ -270,7 +270,7 @@ def test_sampling_on_the_stock_path_follows_torchs_seed(shared: Any) -> None:
 )
 def test_a_seed_holds_on_the_stock_path_too(shared: Any, seed: Any) -> None:
     model, prompt = shared(), text_prompt([4] * 17)
-    options = {"do_sample": True, "depth_decoder_do_sample": False, "max_new_tokens": 2}
+    options = {"do_sample": True, "depth_decoder_do_sample": False, "max_new_tokens": 2, "min_p": 0.01}
     state = torch.get_rng_state()
     first = model.generate(**prompt, **options, seed=seed)
     assert torch.equal(torch.get_rng_state(), state), "the caller's generator moved"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -121,7 +121,7 @@ class Request:
     positions: Tensor
     """``[N, T]`` or ``[1, T]``"""
     output_cache: Any
-    """The cache object the caller gets back, or None."""
+    """The cache object the caller gets back; None where nobody does."""
 
 
 _PLAIN_KWARGS = {
@@ -188,6 +188,33 @@ def read_request(
         mask=mask,
         positions=positions,
         output_cache=cache,
+    )
+
+
+def row_of(model: Any, request: Request, row: int) -> Request:
+    """One row of a call as a call of its own, without its padding on the left and without a cache.
+
+    What a mask hides makes no difference to the others, and without it a row's voice is known (:func:`sounds_of`).
+    """
+    one, first = slice(row, row + 1), 0
+    ids, mask, positions = request.input_ids[one], request.mask, request.positions
+    values, cutoffs = (request.prompt.get(name) for name in ("input_values", "input_values_cutoffs"))
+    if cutoffs is not None and values is not None:
+        spoken = bool((cutoffs[row] >= 0).any())  # the stock merge wants some sound where it is given any
+        values, cutoffs = (values[one], cutoffs[one]) if spoken else (None, None)
+    if mask is not None:
+        mask = mask[one]
+        first = int(mask[0].bool().int().argmax())
+        if values is not None and bool((ids[0, :first] == model.config.audio_token_id).any()):
+            first = 0  # its sound has frames for them
+        mask = mask[:, first:]
+    return replace(
+        request,
+        input_ids=ids[:, first:],
+        mask=mask,
+        positions=positions[one if len(positions) > 1 else slice(None), first:],
+        prompt={"input_values": values, "input_values_cutoffs": cutoffs},
+        output_cache=None,
     )
 
 
@@ -371,9 +398,10 @@ def continue_on_stock(
     Returns:
         ``[N, frames, codebooks]``, ``made`` included.
     """
+    from transformers.cache_utils import DynamicCache
     from transformers.generation.stopping_criteria import MaxLengthCriteria, StoppingCriteriaList
 
-    n = made.shape[1]
+    n, cache = made.shape[1], request.output_cache
     x, mask, positions = prompt_with_frames(model, request, made)
     config = copy.copy(config)
     config.return_dict_in_generate = False
@@ -396,7 +424,7 @@ def continue_on_stock(
         inputs_embeds=x,
         attention_mask=mask,
         position_ids=positions,
-        past_key_values=request.output_cache,
+        past_key_values=DynamicCache(config=model.config) if cache is None else cache,
         use_cache=True,
         logits_to_keep=1,
     )
