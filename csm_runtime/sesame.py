@@ -297,7 +297,7 @@ class SesameCalls:
             if reason is None:
                 call, handle._busy = self.prepared(arguments), True
                 try:
-                    made = handle._run(call.request, seeds, streamer, rest)
+                    made = handle._run(call, seeds, streamer, rest, whole=True)
                 except Unsupported as error:
                     reason = str(error)
                 finally:
