@@ -512,7 +512,7 @@ class Acceleration:
             CodecPath.bytes_in(self._model.codec_model, self.policy.format_of("codec")),
         )
         return Report(
-            model=type(self._model).__name__,
+            model=hf.class_name(self._model),
             device=str(engine.device),
             dtype=str(engine.dtype).removeprefix("torch."),
             mode=engine.mode,

@@ -114,11 +114,13 @@ class RowSound:
         self._decoded: list[Tensor] = []
         self._index = self._start = 0
         own = getattr(codec, "stream", None)  # a codec that brings its own way
-        self._stream: Any = own() if callable(own) else None
-        reason = None if self._stream is not None else why_not_chunked(codec)
-        if self._stream is None and reason is None:
-            self._stream = CodecStream(codec)
-        elif reason is not None:
+        if callable(own):
+            self._stream: Any = own()
+            reason = "and it has no state that could be carried on" if self._stream is None else None
+        else:
+            reason = why_not_chunked(codec)
+            self._stream = CodecStream(codec) if reason is None else None
+        if reason is not None:
             self._say(f"the codec cannot be decoded chunk by chunk, {reason}; each chunk decodes all frames so far")
         self.rate = int(codec.config.sampling_rate)
         self.ended = False

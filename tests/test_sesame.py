@@ -403,7 +403,7 @@ def test_policy_and_report() -> None:
     policy = PrecisionPolicy((("depth.*", "int8"),), name="mine")
     accelerate(model, progress=False, precision=policy, max_positions=64)
     report = model.acceleration.report()
-    assert report.policy == "mine" and report.capacity == 64
+    assert report.policy == "mine" and report.capacity == 64 and report.model == "Model"
     assert "int8" in str(report)
 
 

@@ -129,6 +129,12 @@ def _stack(config: Any) -> StackSpec:
     )
 
 
+def class_name(model: Any) -> str:
+    """Of the model, or of the one whose parameters it has."""
+    other = model.__dict__.get("read_from")
+    return type(model).__name__ if other is None else other.class_name
+
+
 def follow(model: Any) -> None:
     """Bring a model up to date whose parameters are those of another, see :class:`csm_runtime.adapters.sesame.Twin`.
 

@@ -199,6 +199,11 @@ class Twin:
         self._marks: list[Tensor] = []
         self.follow()
 
+    @property
+    def class_name(self) -> str:
+        """Of the model."""
+        return type(self._model).__name__
+
     def modification(self) -> str | None:
         """Of the model, see :func:`modification`."""
         return modification(self._model)
