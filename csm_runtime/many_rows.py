@@ -33,8 +33,6 @@ logger = logging.getLogger("csm_runtime")
 
 _SHARE = 0.5
 """Of the memory that is free, for the buffers of the slots: prompts and the codec want some as well."""
-
-
 _QUICK = ("native", "eager")
 """Modes in which a batch size is there at once; in others one that nobody has used is compiled or captured first."""
 
