@@ -10,6 +10,7 @@ minute. All utterances are there at the start, so that the waiting is that of a 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import sys
@@ -55,6 +56,19 @@ def batched(batcher: Any, calls: list[dict[str, Any]]) -> dict[str, float]:
     }
 
 
+def one_call(generate: Any, calls: list[dict[str, Any]]) -> dict[str, float]:
+    """All of them as rows of one batch, padded on the left."""
+    prompts = [call["input_ids"][0] for call in calls]
+    width = max(map(len, prompts))
+    pad = [torch.nn.functional.pad(ids, (width - len(ids), 0)) for ids in prompts]
+    mask = [torch.nn.functional.pad(torch.ones_like(ids), (width - len(ids), 0)) for ids in prompts]
+    batch = {**calls[0], "input_ids": torch.stack(pad), "attention_mask": torch.stack(mask)}
+    start = time.perf_counter()
+    made = generate(**batch)
+    took = time.perf_counter() - start
+    return figures(took, made.shape[0] * made.shape[1], [took] * len(calls), [])
+
+
 def figures(took: float, frames: int, ends: list[float], firsts: list[float]) -> dict[str, float]:
     """Of one round."""
     row = {
@@ -75,6 +89,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--utterances", type=int, default=16)
     parser.add_argument("--frames", type=int, default=25, help="of every utterance")
     parser.add_argument("--prompt", type=int, default=60, help="text positions of the longest prompt")
+    parser.add_argument(
+        "--one-call", action="store_true", help="all of them as rows of one batch as well, and by stock"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--positions", type=int, default=512, help="of the KV buffers")
     parser.add_argument(
@@ -86,13 +103,18 @@ def main(argv: list[str] | None = None) -> int:
     accelerate(model, precision=args.precision, max_positions=args.positions)
     drawn = {"max_new_tokens": args.frames, "do_sample": False, "depth_decoder_do_sample": False}
     calls = [{**prompt, **drawn} for prompt in prompts(args.utterances, args.prompt)]
-    rounds: dict[str, list[dict[str, float]]] = {"generate": [], **{str(n): [] for n in args.slots}}
+    names = ["generate", *(["one call", "stock call"] if args.one_call else []), *map(str, args.slots)]
+    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     bar = Progress(args.rounds * len(rounds), "rounds", True)
     for number in range(args.rounds + 1):  # the first warms up
         some = calls if number else calls[:2]
         for name, made in rounds.items():
             if name == "generate":
                 row = one_after_another(model, some)
+            elif name == "one call":
+                row = one_call(model.generate, calls)  # of few rows it would not warm up
+            elif name == "stock call":
+                row = one_call(functools.partial(type(model).generate, model), some)
             else:
                 with model.acceleration.batcher(slots=int(name), queue=len(calls)) as batcher:
                     row = batched(batcher, some)

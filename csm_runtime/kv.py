@@ -175,6 +175,13 @@ class State:
         self.allowed[into, :tokens] = True if mask is None else mask[rows].bool()
         return tokens
 
+    def copy_row(self, row: int, other: State, source: int, length: int) -> None:
+        """Stand in a row where another state's row ``source`` stands, ``length`` slots of its cache filled."""
+        for ours, theirs in ((self.all_keys, other.all_keys), (self.all_values, other.all_values)):
+            ours[:, row, :, :length].copy_(theirs[:, source, :, :length])
+        for name in ("hidden", "codes", "length", "position", "frame", "seed", "utterance", "allowed", "ended", "idle"):
+            getattr(self, name)[row].copy_(getattr(other, name)[source])
+
     def vacate(self, row: int) -> None:
         """Nobody speaks in a row any more: it goes on with pads from an empty cache, see :meth:`park`."""
         self.ended[row] = self.idle[row] = True

@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -33,10 +33,12 @@ logger = logging.getLogger("csm_runtime")
 
 _SHARE = 0.5
 """Of the memory that is free, for the buffers of the slots: prompts and the codec want some as well."""
+_QUICK = ("native", "eager")
+"""Modes in which a batch size is there at once; in others one that nobody has used is compiled or captured first."""
 
 
-def slots_that_fit(handle: Acceleration) -> int:
-    """As many as the largest bucket has, or fewer where there is no room for their buffers: 1 to 16.
+def slots_that_fit(handle: Acceleration, sizes: Sequence[int] = BUCKETS) -> int | None:
+    """The largest of some bucket sizes for whose buffers there is room, or None.
 
     More rows make more frames per second at every size that was measured, and nobody listens to a call before its end.
     """
@@ -47,10 +49,10 @@ def slots_that_fit(handle: Acceleration) -> int:
             free = _SHARE * (reading.free + reading.reclaimable)
     except Exception as error:  # a device that cannot be looked at: a lack of memory will show
         logger.debug("memory cannot be looked at: %s", error)
-    for size in reversed(BUCKETS):
+    for size in sorted(sizes, reverse=True):
         if engine.holds(size) or bytes_of(engine.spec, size, engine.capacity, engine.kv_dtype) <= free:
             return size
-    return 1
+    return None
 
 
 class _Row:
@@ -118,7 +120,9 @@ class ManyRows:
             for n in range(call.request.input_ids.shape[0])
         ]
         self._waiting: deque[_Row] = deque()
-        self._slots = Slots(handle, slots_that_fit(handle), self._next, self._join, at_once=True)
+        self._most = slots_that_fit(handle) or 1
+        self._slots = Slots(handle, self._most, self._next, self._join, at_once=True)
+        self._unfit: set[int] = set()
 
     def run(self) -> Tensor:
         """Make them: ``[N, frames, codebooks]`` int64 on the model's device.
@@ -174,6 +178,7 @@ class ManyRows:
                 self._rest_on_stock(self._waiting.popleft())
                 continue
             there = {row.number for row in rows if row.complete}
+            self._resize()
             doubtful = slots.turn()
             if doubtful:
                 self._take_back(doubtful)
@@ -182,6 +187,20 @@ class ManyRows:
                     row.left_at = slots.frames
                 elif row.error is not None:
                     self._refused(row, row.error)
+
+    def _resize(self) -> None:
+        """As few slots as those who are left need: one that nobody speaks in costs what the others cost."""
+        handle, slots = self._handle, self._slots
+        left = min(self._most, len(slots.speaking) + len(self._waiting))
+        for size in BUCKETS[: BUCKETS.index(self._most) + 1]:
+            if size < left or size in self._unfit:
+                continue
+            if size == slots.count:
+                return
+            quick = size in handle._warm or handle._engine.mode in _QUICK
+            if (size == self._most or quick and slots_that_fit(handle, [size])) and slots.resize(size):
+                return
+            self._unfit.add(size)
 
     def _next(self) -> _Row | None:
         return self._waiting.popleft() if self._waiting else None

@@ -139,6 +139,11 @@ class Slots:
         self._rates: deque[tuple[float, int]] = deque(maxlen=1024)
 
     @property
+    def count(self) -> int:
+        """How many there are."""
+        return len(self._rows)
+
+    @property
     def speaking(self) -> list[Speaking]:
         """Those who have a slot."""
         return [one for one in self._rows if one is not None]
@@ -198,6 +203,60 @@ class Slots:
         self._unseat()
         for one in self.speaking:
             self._fail(one, error)
+
+    def resize(self, count: int) -> bool:
+        """Go on in another number of slots, in buffers of another bucket; those who speak do not notice.
+
+        Returns:
+            False where that does not work: they go through the prefill again then, for the slots that there are.
+        """
+        handle, speaking, under, old = self._handle, self.speaking, self._under, self._runner
+        size, runner = bucket_for(count), None
+        assert size is not None and size != self._bucket and len(speaking) <= count
+        if under is None or not any(one.loaded for one in speaking):
+            self._unseat()
+            self.disown()
+        else:
+            try:
+                seat = handle._seat_in_force(size)
+                if under != (handle.guard.rung, handle._revision):
+                    raise RuntimeError("the engine is another one since")
+                runner = seat.engine.own_runner(size)
+                seat.engine.make_ready(runner)
+                self._move(seat, runner, old)
+            except BaseException as error:
+                if runner is not None:
+                    seat.engine.disown(runner)
+                self._unseat()
+                if isinstance(error, Interrupted) or not isinstance(error, Exception):
+                    raise
+                what = f"{count} slots instead of {self.count} do not work: {type(error).__name__}: {error}"
+                if self._metrics.fault(what):
+                    logger.warning(what, exc_info=True)
+                return False
+            seat.engine.disown(old)
+            self._seat, self._runner = seat, runner
+        self._bucket, self._rows = size, [*speaking, *[None] * (count - len(speaking))]
+        for row, one in enumerate(speaking):
+            one.row = row
+        return True
+
+    def _move(self, seat: Seat, runner: Any, old: Any) -> None:
+        """Those who speak to the first rows of another runner."""
+        state = runner.state
+        state.clear()
+        for row, one in enumerate(self.speaking):
+            if not one.loaded:
+                continue
+            state.copy_row(row, old.state, one.row, one.length)
+            for ours, theirs in zip((runner.params, runner.depth_params), (old.params, old.depth_params)):
+                for mine, other in zip(ours, theirs):
+                    mine[row].copy_(other[one.row])
+            request = one.call.request
+            state.set_end(request.eos_token, self._handle._spec.codebooks - 1, 0)
+            watch = self._handle._watch(seat, runner, request, one.since, row)
+            if one.watch is not None and watch is not None:
+                one.watch.checks = watch.checks
 
     def vacate(self) -> None:
         """Everybody leaves, as far as they are."""

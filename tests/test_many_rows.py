@@ -30,7 +30,7 @@ from torch import Tensor
 from csm_runtime import accelerate, many_rows
 from csm_runtime.adapters import hf_call
 from csm_runtime.adapters.hf_passes import Passes
-from csm_runtime.engine import BUCKETS, Engine
+from csm_runtime.engine import BUCKETS, Engine, bucket_for
 from csm_runtime.generate import FastGenerate, as_it_was
 from csm_runtime.guard import Guard, GuardConfig, Interrupted
 from csm_runtime.kv import State, bytes_of
@@ -337,6 +337,73 @@ def test_rows_join_as_slots_fall_free(kept: Any, monkeypatch: pytest.MonkeyPatch
     assert all(there == 16 for there, waiting in speaking if waiting)
     assert sum(there for there, _ in speaking) == sum(counts)
     assert len(speaking) < 60, "one after the other in groups of sixteen it would be 60"
+
+
+@pytest.mark.parametrize("mode", ["eager", "native"])
+def test_the_last_rows_have_buffers_of_their_number(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    """Copied, not made again: one pass for every row, and the guard, which looks at what it can, finds nothing."""
+    model, inputs = ending(mode, True, guard=GuardConfig(budget=1e9)), prompt(33)
+    wanted = stock(model, **inputs, **GREEDY, max_new_tokens=40)
+    sampled = {**SAMPLED, "max_new_tokens": 40, "seed": 5, "top_k": 3, "depth_decoder_top_k": 2}
+    with as_it_was(model.depth_decoder.generation_config):
+        alone = [model.generate(**row(inputs, n), **sampled, utterance_ids=[n])[0] for n in range(33)]
+    sizes, passes, frame, prefill = [], [], Slots._frame, Passes.prefill
+    with monkeypatch.context() as patch:
+        patch.setattr(Slots, "_frame", lambda slots: sizes.append((slots.count, len(slots.speaking))) or frame(slots))
+        patch.setattr(Passes, "prefill", lambda *args: passes.append(1) or prefill(*args))
+        with on_fast_path(model):
+            made = model.generate(**inputs, **GREEDY, max_new_tokens=40)
+        assert torch.equal(made, wanted) and sum(passes) == 33
+        assert all(bucket_for(there) == count for count, there in sizes) and {count for count, _ in sizes} >= {16, 8, 4}
+        with as_it_was(model.depth_decoder.generation_config), on_fast_path(model):
+            made = model.generate(**inputs, **sampled)
+        assert all(torch.equal(made[n, : len(alone[n])], alone[n]) for n in range(33)) and sizes[-1][0] < 16
+    guard = model.acceleration.guard
+    assert not guard.events and model.acceleration.metrics.counters["guard.checked.backbone"] > 60
+    clean(model)
+
+
+def test_native_sums_do_not_depend_on_the_turn() -> None:
+    """In bf16 as well, wherever a row is and is moved to."""
+    model = build("eight_codebooks", dtype=torch.bfloat16)
+    accelerate(model, mode="native", precision="int8", progress=False, without=("compiled prefill",))
+    inputs = prompt(20)
+    options = {**SAMPLED, "max_new_tokens": 12}
+    with as_it_was(model.depth_decoder.generation_config):
+        made = model.generate(**inputs, **options, seed=list(range(20)))
+        for n in range(20):
+            alone = model.generate(**row(inputs, n), **options, seed=n, utterance_ids=[n])[0]
+            assert torch.equal(made[n, : len(alone)], alone), n
+
+
+@pytest.mark.parametrize("why", ["slow to make", "does not work", "interrupted"])
+def test_rows_that_cannot_move(kept: Any, monkeypatch: pytest.MonkeyPatch, why: str) -> None:
+    model, inputs = kept("eager", True), prompt(20)
+    wanted = stock(model, **inputs, **GREEDY, max_new_tokens=30)
+    handle, counts, frame = model.acceleration, [], Slots._frame
+    faults = handle.metrics.counters["faults"]
+    model.generate(**inputs, **GREEDY, max_new_tokens=2)
+
+    def fail(*args: Any) -> None:
+        raise KeyboardInterrupt if why == "interrupted" else RuntimeError("injected")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Slots, "_frame", lambda slots: counts.append(slots.count) or frame(slots))
+        if why == "slow to make":
+            patch.setattr(many_rows, "_QUICK", ())
+            patch.setattr(handle, "_warm", {16})
+        else:
+            patch.setattr(Slots, "_move", fail)
+        if why == "interrupted":
+            with pytest.raises(KeyboardInterrupt):
+                model.generate(**inputs, **GREEDY, max_new_tokens=30)
+        else:
+            assert torch.equal(model.generate(**inputs, **GREEDY, max_new_tokens=30), wanted)
+        assert why == "does not work" or set(counts) == {16}
+    assert (handle.metrics.counters["faults"] > faults) == (why == "does not work")
+    assert handle.guard.rung == "fast"
+    clean(model)
+    assert torch.equal(model.generate(**inputs, **GREEDY, max_new_tokens=30), wanted)
 
 
 def test_fewer_slots_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
