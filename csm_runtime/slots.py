@@ -253,7 +253,7 @@ class Slots:
                 for mine, other in zip(ours, theirs):
                     mine[row].copy_(other[one.row])
             request = one.call.request
-            state.set_end(request.eos_token, self._handle._spec.codebooks - 1, 0)
+            state.set_end(request.eos_token, request.judged, 0)
             watch = self._handle._watch(seat, runner, request, one.since, row)
             if one.watch is not None and watch is not None:
                 one.watch.checks = watch.checks
