@@ -392,6 +392,8 @@ def test_what_is_not_of_this_structure() -> None:
         accelerate(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="drop_originals"):
         accelerate(ready(), drop_originals=True)
+    with pytest.raises(ValueError, match="max_positions must be at most the 2048"):
+        accelerate(ready(), max_positions=5000)
     odd = ready()
     odd.audio_head = nn.Parameter(odd.audio_head[:-1].detach())
     with pytest.raises(ValueError, match="codebooks"):
