@@ -89,8 +89,8 @@ def accelerate(
     """Make ``model.generate`` fast, in place; everything else of the model stays as it is.
 
     Args:
-        model: transformers' ``CsmForConditionalGeneration``, in fp32, bf16 or fp16; or a ``Generator`` of Sesame's structure, or the
-            ``Model`` in it, whose ``generate_frame`` becomes fast (docs/sesame.md).
+        model: transformers' ``CsmForConditionalGeneration``, in fp32, bf16 or fp16; or a ``Generator`` of Sesame's structure,
+            or the ``Model`` in it, whose ``generate_frame`` becomes fast (docs/sesame.md).
         precision: ``"stock"`` (or ``"exact"``) keeps every weight in its own dtype; ``"balanced"`` stores the depth decoder
             in int8, ``"int8"`` (or ``"fast"``) the backbone as well, ``"smallest"`` the MLPs in int4 and the embeddings in
             int8 besides, ``"int4"`` all matrices in int4, codebook 0's head always excepted (docs/precision.md has what they

@@ -62,7 +62,9 @@ def accelerate_sesame(target: Any, options: dict[str, Any]) -> Any:
     model = target if generator is None else sesame.model_of(target)
     most, wanted = model.backbone.max_seq_len, options.get("max_positions")
     if type(wanted) is int and wanted > most:
-        raise ValueError(f"max_positions must be at most the {most} positions of this model's rotary table, got {wanted}")
+        raise ValueError(
+            f"max_positions must be at most the {most} positions of this model's rotary table, got {wanted}"
+        )
     tokenizer = getattr(generator, "_audio_tokenizer", None)
     codec = None if tokenizer is None else GeneratorCodec(tokenizer)
     twin = sesame.Twin(model, codec).module
