@@ -188,12 +188,7 @@ class DecodeLoop:
         return self._evidence or self._gathered()
 
     def _gathered(self) -> dict[str, Tensor]:
-        try:
-            if self.watch is not None and (self.breach is None or self.breach.kind != "memory"):
-                return self.watch.checks.evidence(list(self.watch.kept), self.frames)
-        except Exception as error:  # a device that is lost, perhaps: the event does without
-            logger.debug("no evidence: %s", error)
-        return {}
+        return evidence_of(self.watch, self.breach, self.frames)
 
     def release(self) -> None:
         """Give the runner back, once nothing reads its state any more; dropped frames may still be running."""
@@ -295,6 +290,16 @@ def looked(
         if metrics.fault(what):
             logger.warning(what, exc_info=True)
         return None, None
+
+
+def evidence_of(watch: Watch | None, breach: Breach | None, frames: list[Tensor]) -> dict[str, Tensor]:
+    """What an event keeps of the frames that led to a breach; it never raises, and touches nothing after a lack of memory."""
+    try:
+        if watch is not None and (breach is None or breach.kind != "memory"):
+            return watch.checks.evidence(list(watch.kept), frames)
+    except Exception as error:  # a device that is lost, perhaps: the event does without
+        logger.debug("no evidence: %s", error)
+    return {}
 
 
 def breach_of(fault: Exception, frame: int, watch: Watch | None = None) -> Breach:

@@ -17,7 +17,7 @@ from csm_runtime import ladder
 from csm_runtime.adapters import sesame_call
 from csm_runtime.adapters.hf_passes import Prefilled
 from csm_runtime.checks import Sample
-from csm_runtime.decode_loop import FrameFault, breach_of, looked
+from csm_runtime.decode_loop import FrameFault, breach_of, evidence_of, looked
 from csm_runtime.engine import bucket_for
 from csm_runtime.generate import Seeds, plain_mode
 from csm_runtime.guard import FAST, STOCK, Breach, Interrupted, Watch
@@ -87,7 +87,6 @@ class FrameByFrame:
                 self._hand_over()
             self._remember(tokens, tokens_mask, input_pos)
             made = self._kind.generate_frame(self._model, tokens, tokens_mask, input_pos, temperature, topk)
-            self._frames.append(made)
             if handle.guard.rung == STOCK:
                 handle.guard.healthy(len(made))
             return made
@@ -181,13 +180,13 @@ class FrameByFrame:
                     handle.metrics.count("frames", len(made))
                     handle.guard.healthy(len(made))
                     return made.to(torch.int32)
-                evidence = self._evidence(breach)
+                evidence = evidence_of(self._watch, breach, self._frames)
                 self._frames.pop()
             except Interrupted:
                 raise
             except Exception as error:
                 breach = breach_of(error, len(self._frames), self._watch)
-                evidence = self._evidence(breach)
+                evidence = evidence_of(self._watch, breach, self._frames)
                 what = f"{type(error).__name__}: {error}"
                 if handle.metrics.fault(what):
                     logger.warning("a frame failed, a safer path goes on: %s", what, exc_info=error)
@@ -209,7 +208,7 @@ class FrameByFrame:
         handle, rows = self._handle, len(tokens)
         seat, runner = self._seated(rows)
         engine, state = seat.engine, runner.state
-        spoken = tokens.shape[1] == 1 and bool(mask[..., :-1].all()) and not bool(mask[..., -1].any())
+        spoken = tokens.shape[1] == 1 and bool(mask[..., :-1].all() & ~mask[..., -1].any())  # one wait for the device
         start = time.perf_counter()
         first = not (self._loaded and spoken)
         if first or self._drawing != (temperature, topk):
@@ -304,11 +303,3 @@ class FrameByFrame:
         if self._seat is not None and self._runner is not None:
             self._seat.engine.disown(self._runner)
         self._seat = self._runner = None
-
-    def _evidence(self, breach: Breach) -> dict[str, Tensor]:
-        try:
-            if self._watch is not None and breach.kind != "memory":
-                return self._watch.checks.evidence(list(self._watch.kept), self._frames)
-        except Exception as error:  # a device that is lost, perhaps: the event does without
-            logger.debug("no evidence: %s", error)
-        return {}

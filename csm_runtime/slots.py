@@ -21,7 +21,7 @@ from csm_runtime import ladder
 from csm_runtime.adapters.hf_passes import Prefilled
 from csm_runtime.calls import Call
 from csm_runtime.checks import Sample
-from csm_runtime.decode_loop import FrameFault, breach_of, looked
+from csm_runtime.decode_loop import FrameFault, breach_of, evidence_of, looked
 from csm_runtime.engine import bucket_for
 from csm_runtime.generate import Seeds
 from csm_runtime.guard import FAST, STOCK, Breach, Interrupted, Watch
@@ -433,7 +433,7 @@ class Slots:
         What a listener has got cannot be taken back: of those who are heard it is the latest frame alone.
         """
         one, breach = found[0]
-        evidence = self._evidence(one, breach)
+        evidence = evidence_of(one.watch, breach, one.frames)
         self._doubtful = max(1, *(len(one.frames) - breach.first_bad for one, breach in found))
         for one in speaking:
             kept = len(one.frames) - (1 if one.utterance.heard else self._doubtful)
@@ -482,15 +482,7 @@ class Slots:
         if self._metrics.fault(what):
             text = "a frame of %d utterances failed, they go on by a safer path: %s"
             logger.warning(text, len(speaking), what, exc_info=error)
-        return breach, len(speaking), {} if one is None else self._evidence(one, breach)
-
-    def _evidence(self, one: Speaking, breach: Breach) -> dict[str, Tensor]:
-        try:
-            if one.watch is not None and breach.kind != "memory":
-                return one.watch.checks.evidence(list(one.watch.kept), one.frames)
-        except Exception as error:  # a device that is lost, perhaps: the event does without
-            logger.debug("no evidence: %s", error)
-        return {}
+        return breach, len(speaking), {} if one is None else evidence_of(one.watch, breach, one.frames)
 
     def _recover(self, breach: Breach, rows: int, evidence: dict[str, Tensor]) -> None:
         """One more try on the same rung after a first lack of memory, the next rung otherwise."""
